@@ -1,0 +1,1 @@
+"""Images and prompts -> DALI -> latents and embeddings -> MDS shards -> a resumable stream."""

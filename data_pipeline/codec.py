@@ -1,0 +1,150 @@
+"""Images <-> latents. A codec stands between the pixels and the network: a pretrained VAE, or a fixed transform.
+
+B batch  C latent channels  H W latent size  c image channels  h w image size  n block edge
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from data_pipeline.compat import repair_torchvision
+
+
+class Codec(Protocol):
+    latent_channels: int
+    image_channels: int
+    downscale: int
+    """Image pixels per latent pixel, along each side."""
+
+    def encode(self, images_Bchw: Tensor) -> Tensor:
+        """Images in [-1, 1] -> normalised latents (B,C,H,W), float32, on the images' device."""
+        ...
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Normalised latents -> images (B,c,h,w), float32, clamped to [-1, 1]."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What `load_codec` needs to build this codec again; plain JSON."""
+        ...
+
+
+class BlockCodec:
+    """Orthogonal cosine transform (DCT-II) of n x n pixel blocks, times one number.
+
+    A stand-in for a VAE that needs no weights and loses nothing: n * n latent channels per image channel, image channel
+    by image channel, vertical before horizontal frequency. `scale` brings the latents of a training set to unit
+    variance; one number for all channels keeps distances in latent space proportional to distances in pixels.
+    """
+
+    def __init__(self, image_channels: int = 1, block: int = 4, scale: float = 1.0):
+        if image_channels < 1 or block < 1:
+            raise ValueError(f"BlockCodec(image_channels={image_channels}, block={block}): both must be at least 1.")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"BlockCodec(scale={scale}): the scale must be a positive finite number.")
+        self.image_channels = image_channels
+        self.downscale = block
+        self.latent_channels = image_channels * block * block
+        self.scale = scale
+        self._basis_nn = _cosine_basis(block)
+
+    def encode(self, images_Bchw: Tensor) -> Tensor:
+        _check_image_shape(images_Bchw, self.image_channels, self.downscale)
+        B, c, h, w = images_Bchw.shape
+        n = self.downscale
+        basis_nn = self._basis_nn.to(images_Bchw.device)
+        blocks_BcHiWj = images_Bchw.float().reshape(B, c, h // n, n, w // n, n)
+        coefficients = torch.einsum("bcHiWj,ui,vj->bcuvHW", blocks_BcHiWj, basis_nn, basis_nn)
+        return coefficients.reshape(B, self.latent_channels, h // n, w // n) * self.scale
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        B, C, H, W = latents_BCHW.shape
+        if self.latent_channels != C:
+            raise ValueError(
+                f"BlockCodec decodes {self.latent_channels} latent channels, got {C} (shape {(B, C, H, W)})."
+            )
+        n = self.downscale
+        basis_nn = self._basis_nn.to(latents_BCHW.device)
+        coefficients = (latents_BCHW.float() / self.scale).reshape(B, self.image_channels, n, n, H, W)
+        blocks = torch.einsum("bcuvHW,ui,vj->bcHiWj", coefficients, basis_nn, basis_nn)
+        return blocks.reshape(B, self.image_channels, H * n, W * n).clamp(-1, 1)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "block_dct",
+            "image_channels": self.image_channels,
+            "block": self.downscale,
+            "scale": self.scale,
+        }
+
+
+class QwenImageCodec:
+    """Qwen-Image's VAE: 8 x smaller, 16 channels, normalised by its own latents_mean and latents_std.
+
+    `path` is a local Qwen-Image folder (its `vae/` is read). The VAE is one for videos; the frame axis stays inside
+    this class. The posterior's mode is taken, not a sample: encoding one image twice gives the same latents.
+    """
+
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+        folder = Path(path) / "vae"
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"No VAE in {folder} (config.json is missing). Give the path of a local Qwen-Image model."
+            )
+        repair_torchvision()
+        from diffusers import AutoencoderKLQwenImage
+
+        self._path, self._dtype = str(path), dtype
+        vae = AutoencoderKLQwenImage.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        self._vae = vae.to(device).eval().requires_grad_(False)
+        self.image_channels = vae.config.input_channels
+        self.latent_channels = vae.config.z_dim
+        self.downscale = vae.spatial_compression_ratio
+        self._mean_1C11 = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1)
+        self._std_1C11 = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1)
+
+    @torch.no_grad()
+    def encode(self, images_Bchw: Tensor) -> Tensor:
+        _check_image_shape(images_Bchw, self.image_channels, self.downscale)
+        posterior = self._vae.encode(images_Bchw.to(self._dtype).unsqueeze(2)).latent_dist
+        return (posterior.mode().squeeze(2).float() - self._mean_1C11) / self._std_1C11
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        raw_BCHW = latents_BCHW.float() * self._std_1C11 + self._mean_1C11
+        return self._vae.decode(raw_BCHW.to(self._dtype).unsqueeze(2)).sample.squeeze(2).float().clamp(-1, 1)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "qwen_image_vae", "path": self._path, "dtype": str(self._dtype).removeprefix("torch.")}
+
+
+def load_codec(description: Mapping[str, Any], device: str | torch.device = "cpu") -> Codec:
+    """Build the codec that `describe()` described, for example the "codec" entry of a dataset.json."""
+    match description.get("kind"):
+        case "block_dct":
+            return BlockCodec(description["image_channels"], description["block"], description["scale"])
+        case "qwen_image_vae":
+            return QwenImageCodec(description["path"], getattr(torch, description["dtype"]), device)
+        case kind:
+            raise ValueError(f'Unknown codec kind {kind!r}. Known kinds: "block_dct", "qwen_image_vae".')
+
+
+def _cosine_basis(n: int) -> Tensor:
+    """(n, n) orthonormal DCT-II: row u is the cosine of frequency u, sampled at the n pixel centres."""
+    frequency_n1 = torch.arange(n, dtype=torch.float64).unsqueeze(1)
+    centre_n = torch.arange(n, dtype=torch.float64) + 0.5
+    basis_nn = torch.cos(math.pi / n * frequency_n1 * centre_n) * math.sqrt(2 / n)
+    basis_nn[0] /= math.sqrt(2)
+    return basis_nn.float()
+
+
+def _check_image_shape(images_Bchw: Tensor, channels: int, downscale: int) -> None:
+    B, c, h, w = images_Bchw.shape
+    if c != channels:
+        raise ValueError(f"This codec encodes images of {channels} channel(s), got {c} (shape {(B, c, h, w)}).")
+    if h % downscale or w % downscale:
+        raise ValueError(f"Images of {h} x {w} pixels do not split into blocks of {downscale}: crop or pad them first.")

@@ -1,0 +1,176 @@
+"""dataset.json: what a prepared set holds and how it was made. Written by `prepare`, read by everything else.
+
+A set on disk:
+    <root>/dataset.json
+    <root>/<split>/<bucket>/index.json          one bucket per latent size, named H x W, for example "8x8"
+    <root>/<split>/<bucket>/shard.00000.mds.zstd
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import DataError
+
+FORMAT = 1
+FILE_NAME = "dataset.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str
+    """Relative to the bucket's folder, compressed."""
+    bytes: int
+    xxh64: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The samples of one split that share one latent shape."""
+
+    name: str
+    samples: int
+    latent_shape: tuple[int, int, int]
+    """(C, H, W)"""
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetDescription:
+    root: Path
+    bucket_lists: Mapping[str, tuple[Bucket, ...]]
+    """Per split."""
+    codec: Mapping[str, Any]
+    """For `load_codec`."""
+    prompt_encoder: Mapping[str, Any]
+    """For `load_prompt_encoder`."""
+    prompt_dim: int
+    """Width D of the prompt embeddings."""
+    prompts: tuple[str, ...]
+    """Every distinct caption, sorted; empty where there are more than a thousand."""
+    source: Mapping[str, Any]
+    request: Mapping[str, Any]
+    """The settings of `prepare` that the content depends on."""
+    created_by: Mapping[str, str]
+    """Versions of the packages that wrote the set."""
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Samples per split."""
+        return {split: sum(bucket.samples for bucket in buckets) for split, buckets in self.bucket_lists.items()}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every sample. Raises ValueError where the set has buckets of several shapes."""
+        shapes = {bucket.latent_shape for buckets in self.bucket_lists.values() for bucket in buckets}
+        if len(shapes) != 1:
+            raise ValueError(f"{self.root} has latents of several shapes: {sorted(shapes)}. Use one bucket.")
+        return next(iter(shapes))
+
+    @property
+    def latent_channels(self) -> int:
+        return next(bucket.latent_shape[0] for buckets in self.bucket_lists.values() for bucket in buckets)
+
+    def buckets(self, split: str) -> tuple[Bucket, ...]:
+        if split not in self.bucket_lists:
+            raise ValueError(f"{self.root} has no split {split!r}. Its splits: {', '.join(self.bucket_lists)}.")
+        return self.bucket_lists[split]
+
+    def folder(self, split: str, bucket: Bucket) -> Path:
+        return self.root / split / bucket.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash over the content of all shards: two sets with one fingerprint hold the same bytes."""
+        text = json.dumps(_splits_to_json(self.bucket_lists), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def write(self) -> None:
+        """Write <root>/dataset.json."""
+        content = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "source": dict(self.source),
+            "codec": dict(self.codec),
+            "prompt_encoder": dict(self.prompt_encoder),
+            "prompt_dim": self.prompt_dim,
+            "prompts": list(self.prompts),
+            "splits": _splits_to_json(self.bucket_lists),
+            "request": dict(self.request),
+            "created_by": dict(self.created_by),
+        }
+        (self.root / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load_description(root: str | Path) -> DatasetDescription:
+    """Read <root>/dataset.json.
+
+    Raises FileNotFoundError where there is none, DataError where it cannot be read or is not of this format.
+    """
+    path = Path(root) / FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No data set in {root}: {path} is missing. Make one with `python tools/prepare_data.py out={root}`."
+        )
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}). Prepare the set again.") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise DataError(f"{path} has format {found!r}; this version reads format {FORMAT}. Prepare the set again.")
+    try:
+        description = DatasetDescription(
+            root=Path(root),
+            bucket_lists={split: _buckets_from_json(buckets) for split, buckets in content["splits"].items()},
+            codec=content["codec"],
+            prompt_encoder=content["prompt_encoder"],
+            prompt_dim=content["prompt_dim"],
+            prompts=tuple(content["prompts"]),
+            source=content["source"],
+            request=content["request"],
+            created_by=content["created_by"],
+        )
+        recorded = content["fingerprint"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {error!r}. Prepare the set again.") from error
+    if description.fingerprint != recorded:
+        raise DataError(f"{path} was edited: its list of shards does not match its fingerprint. Prepare the set again.")
+    return description
+
+
+def check_files(description: DatasetDescription) -> None:
+    """Every file of the set is there with the size it was written with. (Hashes are checked when a shard is read.)"""
+    for split, buckets in description.bucket_lists.items():
+        for bucket in buckets:
+            folder = description.folder(split, bucket)
+            sizes = {folder / shard.file: shard.bytes for shard in bucket.shards} | {folder / "index.json": None}
+            for path, size in sizes.items():
+                if not path.is_file():
+                    raise DataError(f"{path} is missing. Prepare the set again with overwrite=true.")
+                if size is not None and path.stat().st_size != size:
+                    raise DataError(
+                        f"{path} has {path.stat().st_size} bytes, {FILE_NAME} says {size}. "
+                        "Prepare the set again with overwrite=true."
+                    )
+
+
+def _splits_to_json(bucket_lists: Mapping[str, tuple[Bucket, ...]]) -> dict[str, Any]:
+    return {split: [asdict(bucket) for bucket in buckets] for split, buckets in bucket_lists.items()}
+
+
+def _buckets_from_json(buckets: list[dict[str, Any]]) -> tuple[Bucket, ...]:
+    return tuple(
+        Bucket(
+            name=bucket["name"],
+            samples=bucket["samples"],
+            latent_shape=tuple(bucket["latent_shape"]),
+            shards=tuple(Shard(**shard) for shard in bucket["shards"]),
+        )
+        for bucket in buckets
+    )

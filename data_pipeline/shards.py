@@ -1,0 +1,247 @@
+"""Random access to the shards of one split, through mosaicml-streaming: hashes, decompression, cache, sample order.
+
+StreamingDataset ties the processes of a machine together by shared memory with guessable names (000000_locals, ...) and
+by collective calls in its constructor. That has three bad ends: a killed run's segments stay and stop the next one; two
+runs that start together take the same name; ranks that do not all open the set wait for each other for ever. Here each
+process opens the set as if it were alone: names are drawn at random, and removed from the system as soon as the memory
+is mapped, so that the kernel frees it with the process, however that ends. What processes do share is the folder of
+decompressed shards, and a lock file guards that.
+"""
+
+import logging
+import os
+import secrets
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from data_pipeline.compat import repair_torchvision
+from data_pipeline.description import DatasetDescription
+from data_pipeline.errors import DataError
+
+repair_torchvision()
+
+import streaming.base.dataset as streaming_dataset  # noqa: E402  (torchvision must be repaired first)
+from streaming import Stream, StreamingDataset  # noqa: E402
+from streaming.base.batching import generate_work  # noqa: E402
+from streaming.base.constant import LOCALS  # noqa: E402
+from streaming.base.hashing import get_hash  # noqa: E402
+from streaming.base.shared import SharedMemory, _get_path  # noqa: E402
+from streaming.base.world import World  # noqa: E402
+
+HASH = "xxh64"
+SHUFFLE_BLOCK = 1 << 18
+"""Samples travel at most about this far in a shuffle, so that an epoch of a large set needs few shards at a time."""
+
+logger = logging.getLogger(__name__)
+
+
+class ShardSet(StreamingDataset):
+    """The samples of one split, by number: `shards[i]` is the dict of sample i. See the module's docstring."""
+
+    def __init__(
+        self,
+        description: DatasetDescription,
+        split: str,
+        *,
+        seed: int = 0,
+        shuffle: bool = False,
+        cache_dir: str | Path | None = None,
+    ):
+        buckets = description.buckets(split)
+        folders = [description.folder(split, bucket) for bucket in buckets]
+        self._sources = folders
+        streams = [_open_stream(description, folder, cache_dir) for folder in folders]
+        with _standing_alone(), _locked(streams):
+            super().__init__(
+                streams=streams,
+                validate_hash=HASH,
+                batch_size=1,  # set per call of `epoch_order`
+                shuffle=shuffle,
+                # Streaming adds the epoch to the seed. Mixed first, else epoch 1 of seed 0 would be epoch 0 of seed 1.
+                shuffle_seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
+                shuffle_block_size=SHUFFLE_BLOCK,
+                num_canonical_nodes=1,  # the order must not depend on how many machines read it
+                batching_method="per_stream",
+            )
+        self._forget_names()
+        # Protects the shard states, which only this process and its workers share.
+        self._cache_filelock_path = os.path.join(streams[0].local, ".states.lock")
+        self._checked: set[int] = set()
+        self._compare_with(description, split)
+
+    def epoch_order(self, epoch: int, global_batch: int) -> np.ndarray:
+        """Sample numbers of one epoch, (steps, global_batch), the same on every rank and for every number of ranks.
+
+        A row holds samples of one bucket only. What does not fill a row is left out.
+        """
+        self.batch_size = global_batch
+        one_process = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
+        with _quiet("streaming.base.batching.per_stream"):  # it warns of the left-out rest in every epoch
+            order = generate_work(self.batching_method, self, one_process, epoch, 0)
+        return order.reshape(-1, global_batch)
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        shard_id, row = self.spanner[sample_id]
+        if shard_id not in self._checked:
+            self._drop_damaged_copy(shard_id)
+            self.prepare_shard(shard_id)
+            self._checked.add(shard_id)
+        try:
+            return super().get_item(sample_id, retry)
+        except DataError:
+            raise
+        except (ValueError, IndexError, KeyError) as error:
+            raise DataError(f"{self._path(shard_id)}, row {row}: cannot be read ({error}).") from error
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except BaseException:
+            # Else it stays "being prepared", and whoever asks for it next waits for ever.
+            self._shard_states[shard_id] = streaming_dataset._ShardState.REMOTE
+            raise
+
+    def _path(self, shard_id: int) -> Path:
+        info = self.shards[shard_id].zip_data or self.shards[shard_id].raw_data
+        return self._sources[self.stream_per_shard[shard_id]] / info.basename
+
+    def _drop_damaged_copy(self, shard_id: int) -> None:
+        """A decompressed shard left by an earlier run is used only if its hash is right; else it is made anew."""
+        shard = self.shards[shard_id]
+        path = Path(shard.dirname, shard.split, shard.raw_data.basename)
+        if shard.zip_data is None or not path.is_file():
+            return
+        if get_hash(HASH, path.read_bytes()) != shard.raw_data.hashes[HASH]:
+            logger.warning("%s is damaged; it is decompressed again", path)
+            path.unlink(missing_ok=True)
+
+    def _forget_names(self) -> None:
+        """Unlink the shared memory while keeping it mapped: it lives as long as this process and its forks."""
+        arrays = [self._shared_barrier._arr, self._next_epoch.arr, self._cache_usage.arr]
+        arrays += [self._shard_states, self._shard_access_times]
+        for memory in [self._locals_shm, *(array.shm for array in arrays)]:
+            memory.shm.unlink()
+
+    def _compare_with(self, description: DatasetDescription, split: str) -> None:
+        expected = [
+            (description.folder(split, bucket) / shard.file, shard.xxh64, shard.samples)
+            for bucket in description.buckets(split)
+            for shard in bucket.shards
+        ]
+        infos = [(shard.zip_data or shard.raw_data, shard.samples) for shard in self.shards]
+        found = [(self._path(i), info.hashes.get(HASH), samples) for i, (info, samples) in enumerate(infos)]
+        if found != expected:
+            raise DataError(
+                f"The index.json files below {description.root / split} do not list the shards that dataset.json "
+                "describes: files of two sets are mixed. Prepare the set again with overwrite=true."
+            )
+
+
+class _CheckedStream(Stream):
+    """One bucket. Several processes, also of different runs, may use its folder at the same time."""
+
+    @property
+    def lock(self) -> FileLock:
+        return FileLock(os.path.join(self.local, ".lock"))
+
+    def prepare_shard(self, shard: Any) -> int:
+        info = shard.zip_data or shard.raw_data
+        source = Path(self.remote or self.local, self.split, info.basename)
+        if not source.is_file():
+            raise DataError(f"{source} is missing. Restore it, or prepare the set again with overwrite=true.")
+        with self.lock:
+            try:
+                return super().prepare_shard(shard)
+            except ValueError as error:  # "Checksum failure"
+                if self.remote is not None:  # `local` holds a copy of the damaged file: the next try copies anew
+                    Path(self.local, self.split, info.basename).unlink(missing_ok=True)
+                raise DataError(
+                    f"{source} is damaged ({error}). Restore it, or prepare the set again with overwrite=true."
+                ) from error
+
+
+def _open_stream(description: DatasetDescription, folder: Path, cache_dir: str | Path | None) -> _CheckedStream:
+    """The bucket in `folder`, decompressed in place where that is possible and no cache_dir is given."""
+    index = folder / "index.json"
+    if not index.is_file():
+        raise DataError(f"{index} is missing. Restore it, or prepare the set again with overwrite=true.")
+    if cache_dir is None and os.access(folder, os.W_OK):
+        return _CheckedStream(local=str(folder))
+    if cache_dir is None:
+        cache_dir = Path(tempfile.gettempdir()) / f"mds-cache-{os.getuid()}"
+        logger.info("%s is read-only: its shards are decompressed below %s (cache_dir)", folder, cache_dir)
+    # The fingerprint keeps the copies of two sets apart, also when one has replaced the other at the same path.
+    local = Path(cache_dir) / description.fingerprint[:16] / folder.relative_to(description.root)
+    local.mkdir(parents=True, exist_ok=True)
+    return _CheckedStream(local=str(local), remote=str(folder), keep_zip=False)
+
+
+_alone_lock = threading.Lock()
+
+
+@contextmanager
+def _standing_alone() -> Iterator[None]:
+    """StreamingDataset's constructor sees one process in a world of one, and private names for its shared memory."""
+
+    class OneProcess(World):
+        @classmethod
+        def detect(cls) -> World:
+            return World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
+
+    replacements = {
+        "World": OneProcess,
+        "dist": SimpleNamespace(is_available=lambda: False),
+        "maybe_init_dist": lambda: False,
+        "get_shm_prefix": lambda streams_local, streams_remote, world: _private_prefix(),
+    }
+    with _alone_lock:
+        originals = {name: getattr(streaming_dataset, name) for name in replacements}
+        try:
+            for name, replacement in replacements.items():
+                setattr(streaming_dataset, name, replacement)
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(streaming_dataset, name, original)
+
+
+def _private_prefix() -> tuple[int, SharedMemory]:
+    """A number that no other process on this machine uses to name its shared memory."""
+    while True:
+        prefix = secrets.randbelow(10**15)
+        try:
+            return prefix, SharedMemory(name=_get_path(prefix, LOCALS), create=True, size=4)
+        except FileExistsError:
+            continue
+
+
+@contextmanager
+def _locked(streams: list[_CheckedStream]) -> Iterator[None]:
+    """Nobody else changes the streams' folders meanwhile. In one order for everybody, so that no two wait in a ring."""
+    locks = [stream.lock for stream in sorted(streams, key=lambda stream: stream.local)]
+    try:
+        for lock in locks:
+            lock.acquire()
+        yield
+    finally:
+        for lock in reversed(locks):
+            lock.release()
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    noisy = logging.getLogger(name)
+    before = noisy.disabled
+    noisy.disabled = True
+    try:
+        yield
+    finally:
+        noisy.disabled = before

@@ -1,0 +1,226 @@
+"""Prepared shards -> batches for training, in an order that resumes exactly.
+
+B batch  C latent channels  H W latent size  L text tokens  D width
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_pipeline.description import load_description
+from data_pipeline.prompts import pad_prompts
+from data_pipeline.shards import ShardSet
+from data_pipeline.writing import from_bfloat16_bits
+
+STATE_VERSION = 1
+MEMORY_LIMIT_BYTES = 512 << 20
+"""Splits whose compressed shards are smaller than this are kept in memory, sample by sample, as they are read."""
+
+
+class Batch(TypedDict):
+    latents: Tensor
+    """(B,C,H,W) float32"""
+    prompt_embeds: Tensor
+    """(B,L,D) float32, zeros where there is no token"""
+    prompt_mask: Tensor
+    """(B,L) bool, True where a token is"""
+    prompts: list[str]
+    keys: list[str]
+
+
+class LatentStream:
+    """Endless batches of one split, epoch after epoch.
+
+    Every epoch is one shuffled pass. Its order is a function of (seed, epoch, global_batch, data set) alone: rank and
+    micro-batch pick their rows from a global batch, so that another `dp_size` or micro-batch size with the same
+    `global_batch` trains on the same samples in every step. Samples that do not fill a global batch at an epoch's end
+    are left out (others in each epoch, if shuffled). A batch holds one bucket, so one latent shape.
+
+    batch_size: samples per `next()`, that is per rank and micro-batch.
+    global_batch: samples per optimizer step over all ranks and micro-batches; by default batch_size * dp_size.
+    num_workers: processes that read ahead; 0 reads in `next()`, which is quick for sets that fit into memory.
+    cache_dir: where shards are decompressed; by default beside the compressed ones, or below the temporary folder
+        where the set is read-only.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        num_workers: int = 0,
+        global_batch: int | None = None,
+        cache_dir: str | Path | None = None,
+    ):
+        self.description = load_description(root)
+        self.batch_size, self.dp_rank, self.dp_size = batch_size, dp_rank, dp_size
+        self.global_batch = batch_size * dp_size if global_batch is None else global_batch
+        self._num_workers = num_workers
+        self._check_arguments(split, seed)
+        self._identity = {
+            "version": STATE_VERSION,
+            "dataset": self.description.fingerprint,
+            "split": split,
+            "seed": seed,
+            "shuffle": shuffle,
+            "global_batch": self.global_batch,
+        }
+        self._shards = ShardSet(self.description, split, seed=seed, shuffle=shuffle, cache_dir=cache_dir)
+        stored = sum(shard.bytes for bucket in self.description.buckets(split) for shard in bucket.shards)
+        self._samples = _Samples(self._shards, keep=num_workers == 0 and stored < MEMORY_LIMIT_BYTES)
+        self._orders: dict[int, np.ndarray] = {}
+        self.samples_per_epoch = self._order(0).size
+        """Over all ranks, without the rest that is left out."""
+        self.epoch, self._consumed = 0, 0
+        self._batches: Iterator[Batch] | None = None
+
+    def next(self) -> Batch:
+        """The next batch of this rank. Raises DataError naming the file where a shard is missing or damaged."""
+        if self._batches is None:
+            self._batches = self._start(self.epoch, self._consumed)
+        try:
+            batch = next(self._batches)
+        except BaseException:
+            self._batches = None  # a generator that has raised is at its end; the next call tries this batch again
+            raise
+        self.epoch, self._consumed = self._after(self.epoch, self._consumed)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: epoch, and samples consumed in it over all ranks. Plain JSON, equal on all ranks."""
+        return self._identity | {"epoch": self.epoch, "samples": self._consumed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the last batch that the saved stream gave, also on another number of ranks.
+
+        Raises ValueError where the state belongs to another data set, split, seed or global batch.
+        """
+        for name, mine in self._identity.items():
+            if state.get(name) != mine:
+                raise ValueError(
+                    f"The saved data position has {name}={state.get(name)!r}, this stream has {name}={mine!r}: it "
+                    "would not see the samples that follow. Restore the setting, or start the data anew."
+                )
+        epoch, samples = state["epoch"], state["samples"]
+        if samples % (self.batch_size * self.dp_size) or not 0 <= samples < self.samples_per_epoch or epoch < 0:
+            raise ValueError(
+                f"The saved data position (epoch {epoch}, sample {samples}) is not at the edge of a batch of "
+                f"{self.batch_size} x {self.dp_size} ranks. Save after whole optimizer steps."
+            )
+        self.close()
+        self.epoch, self._consumed = epoch, samples
+
+    def close(self) -> None:
+        """End the worker processes; `next()` starts them again."""
+        self._batches = None
+
+    def _check_arguments(self, split: str, seed: int) -> None:
+        if self.batch_size < 1 or self.dp_size < 1 or not 0 <= self.dp_rank < self.dp_size:
+            raise ValueError(
+                f"batch_size={self.batch_size}, dp_rank={self.dp_rank}, dp_size={self.dp_size}: "
+                "need batch_size >= 1 and 0 <= dp_rank < dp_size."
+            )
+        if self._num_workers < 0 or seed < 0:
+            raise ValueError(f"num_workers={self._num_workers}, seed={seed}: neither may be negative.")
+        if self.global_batch < 1 or self.global_batch % (self.batch_size * self.dp_size):
+            raise ValueError(
+                f"global_batch={self.global_batch} is not a multiple of batch_size={self.batch_size} x "
+                f"dp_size={self.dp_size}. Choose a batch_size that splits it into whole micro-batches."
+            )
+        for bucket in self.description.buckets(split):
+            if bucket.samples < self.global_batch:
+                raise ValueError(
+                    f"global_batch={self.global_batch} is more than the {bucket.samples} samples of bucket "
+                    f"{bucket.name} in split {split!r} of {self.description.root}. Use a smaller batch, or more data."
+                )
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            # Two at most: this one, and the one that workers read ahead into.
+            self._orders = {kept: order for kept, order in self._orders.items() if abs(kept - epoch) == 1}
+            self._orders[epoch] = self._shards.epoch_order(epoch, self.global_batch)
+        return self._orders[epoch]
+
+    def _ids(self, epoch: int, consumed: int) -> list[int]:
+        """The sample numbers of this rank's batch at a position."""
+        step, within = divmod(consumed, self.global_batch)
+        start = within + self.dp_rank * self.batch_size
+        return self._order(epoch)[step, start : start + self.batch_size].tolist()
+
+    def _after(self, epoch: int, consumed: int) -> tuple[int, int]:
+        consumed += self.batch_size * self.dp_size
+        return (epoch + 1, 0) if consumed == self.samples_per_epoch else (epoch, consumed)
+
+    def _id_lists(self, epoch: int, consumed: int) -> Iterator[list[int]]:
+        while True:
+            yield self._ids(epoch, consumed)
+            epoch, consumed = self._after(epoch, consumed)
+
+    def _start(self, epoch: int, consumed: int) -> Iterator[Batch]:
+        id_lists = self._id_lists(epoch, consumed)
+        if self._num_workers == 0:
+            return (collate([self._samples[i] for i in ids]) for ids in id_lists)
+        return iter(
+            DataLoader(
+                self._samples,
+                batch_sampler=id_lists,
+                num_workers=self._num_workers,
+                collate_fn=collate,
+                multiprocessing_context="fork",  # the shards' shared memory has no name to attach to
+                generator=torch.Generator(),  # the loader draws a seed: not from the training's generator
+            )
+        )
+
+
+class _Samples(Dataset):
+    """Shards as a map-style dataset, kept in memory after the first read where `keep` says so."""
+
+    def __init__(self, shards: ShardSet, keep: bool):
+        self._shards = shards
+        self._kept: dict[int, dict[str, Any]] | None = {} if keep else None
+
+    def __getitem__(self, sample_id: int) -> dict[str, Any]:
+        if self._kept is None:
+            return self._shards[sample_id]
+        sample = self._kept.get(sample_id)
+        if sample is None:
+            sample = self._kept[sample_id] = self._shards[sample_id]
+        return sample
+
+
+def read_all(root: str | Path, split: str, *, cache_dir: str | Path | None = None) -> dict[str, Any]:
+    """A whole split in stored order: a Batch of all its samples, and "images" (the encoded files) where they are kept.
+
+    For small sets of one bucket; raises ValueError where latents have several shapes.
+    """
+    description = load_description(root)
+    if len(description.buckets(split)) > 1:
+        names = ", ".join(bucket.name for bucket in description.buckets(split))
+        raise ValueError(f"read_all gives one tensor of latents; split {split!r} of {root} has the buckets {names}.")
+    shards = ShardSet(description, split, cache_dir=cache_dir)
+    samples = [shards[i] for i in range(shards.size)]
+    batch: dict[str, Any] = dict(collate(samples))
+    if samples and "image" in samples[0]:
+        batch["images"] = [sample["image"] for sample in samples]
+    return batch
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
+    embeds_BLD, mask_BL = pad_prompts([from_bfloat16_bits(sample["prompt_embeds"]) for sample in samples])
+    return Batch(
+        latents=torch.from_numpy(np.stack([sample["latents"] for sample in samples])).float(),
+        prompt_embeds=embeds_BLD.float(),
+        prompt_mask=mask_BL,
+        prompts=[sample["prompt"] for sample in samples],
+        keys=[sample["key"] for sample in samples],
+    )

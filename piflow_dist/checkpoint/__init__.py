@@ -1,0 +1,1 @@
+"""Sharded checkpoints: safetensors and JSON only, written whole or not at all."""

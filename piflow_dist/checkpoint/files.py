@@ -1,0 +1,110 @@
+"""Folders of checkpoints on disk: names, manifests, atomic writes, what is complete and what is damaged.
+
+    run/checkpoints/step_00001200/{rank_00000.safetensors, ..., state.json, manifest.json}
+    run/checkpoints/latest          the newest complete step's folder name
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+LATEST = "latest"
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message names the file and the reason."""
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def shard_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def file_digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small text file so that readers see the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def steps_on_disk(folder: Path) -> list[int]:
+    """Steps of all finished checkpoint folders, newest first. Temporary folders do not count."""
+    matches = (re.fullmatch(r"step_(\d{8})", path.name) for path in folder.glob("step_*"))
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}.") from error
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError naming the first file that is missing, truncated or changed since it was written."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}.")
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing.")
+        found = file_digest(path)
+        if found["size"] != expected["size"]:
+            raise CheckpointError(f"{path} has {found['size']} bytes instead of {expected['size']}.")
+        if found["sha256"] != expected["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the manifest's.")
+
+
+def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all whole, and a message for each newer one that is not."""
+    problems = []
+    for step in steps_on_disk(folder):
+        candidate = folder / step_name(step)
+        try:
+            verify(candidate)
+        except CheckpointError as error:
+            problems.append(f"{candidate.name} is skipped: {error}")
+        else:
+            return candidate, problems
+    return None, problems
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what killed saves left behind."""
+    for step in steps_on_disk(folder)[keep:]:
+        # Renamed first: a kill inside the deletion must not leave a half-empty folder under a good name.
+        doomed = folder / f".{step_name(step)}.removed"
+        os.replace(folder / step_name(step), doomed)
+    for leftover in folder.glob(".step_*.removed"):
+        shutil.rmtree(leftover)

@@ -1,0 +1,28 @@
+"""How every tool ends: help, a message for people instead of a traceback, and an exit code that scripts can read."""
+
+import sys
+from collections.abc import Callable
+
+from piflow_dist.checkpoint.files import CheckpointError
+from piflow_dist.config import ConfigError
+from piflow_dist.launch.local import WorkerFailed
+
+
+def run_tool(tool: Callable[[list[str]], None], arguments: list[str], usage: str) -> None:
+    """Exit codes: 0 done, 1 a process failed, 2 the request cannot work, 130 interrupted."""
+    if {"-h", "--help"} & set(arguments):
+        print(usage)
+        return
+    try:
+        tool(arguments)
+    except ConfigError as error:
+        fail(f"error: {error}", 2)
+    except (WorkerFailed, CheckpointError) as error:
+        fail(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        fail("Stopped. The same command continues from the newest checkpoint.", 130)
+
+
+def fail(message: str, code: int) -> None:
+    print(f"\n{message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,402 @@
+"""Typed configuration behind configs/: one dataclass per yaml group, and the checks that no yaml file can make.
+
+A wrong key is Hydra's error, a wrong value is raised here as ValueError with the option to change.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the value, the reason and the option to change."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{option}={value} is not known. Choose one of: {', '.join(choices)}.")
+
+
+def require_positive(prefix: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{prefix}.{name}={value} must be greater than zero.")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Shape of Qwen-Image's MMDiT; the names are diffusers'."""
+
+    num_layers: int = 60
+    num_attention_heads: int = 24
+    attention_head_dim: int = 128
+    latent_channels: int = 16
+    """Channels of the codec's latent. The transformer sees 2 x 2 patches of it."""
+    joint_attention_dim: int = 3584
+    """Width of the prompt embeddings."""
+    axes_dims_rope: list[int] = field(default_factory=lambda: [16, 56, 56])
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    def __post_init__(self):
+        require_positive("model", self, "num_layers", "num_attention_heads", "attention_head_dim", "latent_channels")
+        rope = sum(self.axes_dims_rope)
+        require(
+            len(self.axes_dims_rope) == 3 and rope == self.attention_head_dim,
+            f"model.axes_dims_rope={list(self.axes_dims_rope)} sums to {rope}, but a head has "
+            f"model.attention_head_dim={self.attention_head_dim} dimensions. Give three even numbers of that sum.",
+        )
+        require(
+            all(axis % 2 == 0 for axis in self.axes_dims_rope),
+            f"model.axes_dims_rope={list(self.axes_dims_rope)}: rotations act on pairs, every entry must be even.",
+        )
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """sigma = warp(tau); DESIGN section 3."""
+
+    shift: float = 3.2
+    dynamic: bool = False
+    """Compute the shift from the number of image tokens instead (log-linear, 0.5 at 256 to 1.15 at 4,096 tokens)."""
+
+    def __post_init__(self):
+        require_positive("schedule", self, "shift")
+
+
+@dataclass(kw_only=True)
+class PolicyConfig:
+    type: str = "gmflow"
+    """gmflow (Gaussian mixture) or dx (clean images on a time grid)."""
+    num_components: int = 8
+    """K of a GMFlow policy."""
+    logstd_inner_dim: int = 1024
+    num_nodes: int = 10
+    """N of a DX policy."""
+    mode: str = "grid"
+    """DX: grid or polynomial."""
+
+    def __post_init__(self):
+        require_choice("policy.type", self.type, ("gmflow", "dx"))
+        require_choice("policy.mode", self.mode, ("grid", "polynomial"))
+        require_positive("policy", self, "num_components", "logstd_inner_dim")
+        require(self.num_nodes >= 2, f"policy.num_nodes={self.num_nodes} spans no interval. Use 2 or more.")
+
+
+@dataclass(kw_only=True)
+class GuidanceConfig:
+    """Classifier-free guidance of the teacher; DESIGN section 4."""
+
+    scale: float = 4.0
+    interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """Noise levels sigma between which guidance acts."""
+    orthogonal: float = 0.0
+    """Share of the update along the conditional clean image that is removed, 0 to 1."""
+
+    def __post_init__(self):
+        require(self.scale >= 1, f"guidance.scale={self.scale} is below 1: guidance acts only above 1. Use 1 for none.")
+        low, high = self.interval
+        require(0 <= low < high <= 1, f"guidance.interval={list(self.interval)} is not an interval inside [0, 1].")
+        require(0 <= self.orthogonal <= 1, f"guidance.orthogonal={self.orthogonal} must lie in [0, 1].")
+
+
+@dataclass(kw_only=True)
+class DistillConfig:
+    """Imitation distillation (pi-ID); DESIGN section 4."""
+
+    teacher: str | None = None
+    """Run folder or checkpoint folder of the teacher."""
+    nfe: int = 4
+    """Student network evaluations per image."""
+    final_step_size_scale: float = 0.5
+    total_substeps: int = 128
+    """Policy substeps over the whole trajectory. Cheap: no network call."""
+    window_substeps: int = 3
+    """Substeps over which the policy's velocity is averaged before it is compared with the teacher's."""
+    num_intermediate_states: int = 2
+    """Teacher evaluations per segment."""
+    num_decay_iters: int = 0
+    """Steps over which teacher_ratio falls from 1 to 0 (scheduled mixing); 0: the student's own trajectory throughout."""
+    loss_scale: float = 30.0
+    component_dropout: float = 0.1
+    """Probability to drop a mixture component from the trajectory's policy, per image (gmflow)."""
+    stack_teacher_states: bool = True
+    """Evaluate the teacher once on all intermediate states of a segment where they do not depend on its answers."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+
+    def __post_init__(self):
+        require_positive("distill", self, "nfe", "total_substeps", "num_intermediate_states", "loss_scale")
+        require(
+            0 < self.final_step_size_scale <= 1,
+            f"distill.final_step_size_scale={self.final_step_size_scale} must lie in (0, 1].",
+        )
+        require(
+            0 <= self.component_dropout < 1, f"distill.component_dropout={self.component_dropout} must lie in [0, 1)."
+        )
+        require(self.num_decay_iters >= 0, f"distill.num_decay_iters={self.num_decay_iters} must not be negative.")
+        last = self.final_step_size_scale / (self.nfe - 1 + self.final_step_size_scale) * self.total_substeps
+        require(
+            0 <= self.window_substeps < last,
+            f"distill.window_substeps={self.window_substeps} does not fit into the last of distill.nfe={self.nfe} "
+            f"segments, which has {last:.1f} of distill.total_substeps={self.total_substeps} substeps. "
+            f"Use a smaller window or more substeps.",
+        )
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    type: str = "adamw"
+    """adamw, muon (matrices; AdamW for the rest) or sgd."""
+    lr: float = 1e-4
+    muon_lr: float = 0.02
+    momentum: float = 0.95
+    """Of muon and sgd."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    decay: str = "constant"
+    """Learning rate after the warm-up: constant, cosine or linear (both to zero at train.steps)."""
+    clip: float = 50.0
+    """Largest gradient norm; 0: none."""
+    clip_from_step: int = 100
+    """Clipping starts here: the first gradients set the scale and should not be cut."""
+
+    def __post_init__(self):
+        require_choice("optim.type", self.type, ("adamw", "muon", "sgd"))
+        require_choice("optim.decay", self.decay, ("constant", "cosine", "linear"))
+        require_positive("optim", self, "lr", "muon_lr", "eps")
+        for name in ("weight_decay", "warmup_steps", "clip", "clip_from_step"):
+            require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative.")
+        require(len(self.betas) == 2, f"optim.betas={list(self.betas)} must be two numbers.")
+        require(
+            not (self.type == "muon" and self.clip > 0),
+            f"optim.clip={self.clip} with optim.type=muon would clip the orthogonalised updates, whose norm does not "
+            "depend on the gradient's. Set optim.clip=0.",
+        )
+
+
+@dataclass(kw_only=True)
+class EmaConfig:
+    """Average of the trained weights, beta = (1 - 1/t)^(gamma + 1) (Karras et al., arXiv 2312.02696)."""
+
+    gamma: float = 7.0
+    start_step: int = 100
+
+    def __post_init__(self):
+        require_positive("ema", self, "gamma")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    root: str = MISSING
+    """Folder that tools/prepare_data.py wrote."""
+    split: str = "train"
+    caption_dropout: float = 0.0
+    """Probability to replace a prompt by the empty one, so that the model learns the unconditional velocity."""
+
+    def __post_init__(self):
+        require(0 <= self.caption_dropout < 1, f"data.caption_dropout={self.caption_dropout} must lie in [0, 1).")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    steps: int = 1000
+    batch_size: int = 64
+    """Images per step over all processes."""
+    micro_batch_size: int | None = None
+    """Images per process and backward; default: all of the process's share at once."""
+    seed: int = 0
+    dtype: str = "fp32"
+    """fp32 or bf16 (fp32 master weights in both)."""
+    max_skipped: int = 5
+    """Stop after this many steps in a row whose gradient was not finite."""
+
+    def __post_init__(self):
+        require_positive("train", self, "steps", "batch_size", "max_skipped")
+        require_choice("train.dtype", self.dtype, ("fp32", "bf16"))
+
+    def accumulation(self, dp_size: int) -> tuple[int, int]:
+        """(micro-batches per step, images per micro-batch and process) on dp_size processes."""
+        require(
+            self.batch_size % dp_size == 0,
+            f"train.batch_size={self.batch_size} does not split over {dp_size} data-parallel processes. "
+            f"Use a multiple of {dp_size}, or change launch.processes.",
+        )
+        share = self.batch_size // dp_size
+        micro = self.micro_batch_size or share
+        require(
+            share % micro == 0,
+            f"train.micro_batch_size={micro} does not divide the {share} images of each process "
+            f"(train.batch_size={self.batch_size} over {dp_size} processes).",
+        )
+        return share // micro, micro
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint of the run folder."""
+
+    def __post_init__(self):
+        require_positive("checkpoint", self, "every", "keep")
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    persistence_threshold: int = 100_000
+    """ZeRO-3 keeps parameters of fewer elements whole on every process: gathering them costs more than they weigh."""
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    processes: int = 1
+    """Processes on this machine: one per GPU, or one per few CPU cores."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    threads: int | None = None
+    """CPU threads per process; default: the cores shared out."""
+    port: int = 0
+    """Rendezvous port; 0 finds a free one."""
+    timeout_seconds: int = 600
+    """Time limit of a collective."""
+    dry_run: bool = False
+    """Check everything, print the resolved configuration and stop."""
+
+    def __post_init__(self):
+        require_positive("launch", self, "processes", "timeout_seconds")
+        require_choice("launch.device", self.device, ("auto", "cpu", "cuda"))
+        require(self.threads is None or self.threads > 0, f"launch.threads={self.threads} must be greater than zero.")
+        require(0 <= self.port < 65536, f"launch.port={self.port} is not a port. Use 0 for a free one.")
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    enabled: bool = True
+    uri: str | None = None
+    """MLflow store; default: MLFLOW_TRACKING_URI, else mlflow.db (SQLite) beside the run folder."""
+    experiment: str = "piflow_dist"
+    log_every: int = 10
+    """Steps between console lines and MLflow batches; every step goes to metrics.jsonl."""
+
+    def __post_init__(self):
+        require_positive("tracking", self, "log_every")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One training run."""
+
+    run_dir: str = MISSING
+    """Everything the run writes goes here; the same folder resumes it."""
+    objective: str = "imitation"
+    """flow_matching (a teacher), imitation (pi-ID on data) or imitation_datafree (pi-ID from noise)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def distils(self) -> bool:
+        return self.objective != "flow_matching"
+
+    def __post_init__(self):
+        require_choice("objective", self.objective, ("flow_matching", "imitation", "imitation_datafree"))
+        self.train.accumulation(self.launch.processes)
+        if self.distils:
+            require(
+                bool(self.distill.teacher),
+                f"objective={self.objective} needs a teacher. Set distill.teacher to a teacher's run folder.",
+            )
+            require(
+                self.data.caption_dropout == 0,
+                f"data.caption_dropout={self.data.caption_dropout} is for teachers: a student imitates the guided "
+                f"velocity at the given prompt. Set data.caption_dropout=0 with objective={self.objective}.",
+            )
+            require(
+                not (self.objective == "imitation_datafree" and self.distill.num_decay_iters > 0),
+                f"distill.num_decay_iters={self.distill.num_decay_iters} mixes in the teacher's trajectory, which "
+                "starts from data. Set distill.num_decay_iters=0 with objective=imitation_datafree.",
+            )
+
+
+def load_config(overrides: list[str], schema: type = Config, name: str = "train") -> Any:
+    """Compose configs/<name>.yaml with Hydra overrides into a checked `schema` object.
+
+    Raises ConfigError with a message for people where a key is unknown or a value cannot work.
+    """
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+            composed = compose(name, overrides=list(overrides))
+        missing = sorted(OmegaConf.missing_keys(composed))
+        hint = " Choose a run with experiment=NAME, or" if name == "train" else ""
+        require(not missing, f"No value for {', '.join(missing)}.{hint} add {missing[0] if missing else ''}=VALUE.")
+        return OmegaConf.to_object(composed)
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, OmegaConf.structured(schema))) from error
+
+
+def explain(error: Exception, structured: Any) -> str:
+    """Hydra's message, and what exists at the place where it looked."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = str(cause).strip().splitlines()[0].rstrip(".")
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group = Path(str(error.missing_cfg_file)).parent
+        return f"{text}. Choose one of: {', '.join(sorted(path.stem for path in (CONFIG_DIR / group).glob('*.yaml')))}."
+    key = getattr(cause, "full_key", None)
+    if not key:
+        return f"{text}."
+    parent = OmegaConf.select(structured, key.rpartition(".")[0]) if "." in key else structured
+    names = ", ".join(str(name) for name in parent) if isinstance(parent, DictConfig) else ""
+    return f"{key}: {text}." + (f" Keys there: {names}." if names else "")
+
+
+def save_config(config: Any, path: Path) -> None:
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def read_config(path: Path, schema: type = Config) -> Any:
+    """The resolved configuration that a run saved."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+
+
+def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Lines 'key: old -> new' for every value that differs between two configurations."""
+    lines = []
+    for item in dataclasses.fields(new):
+        before, after, key = getattr(old, item.name), getattr(new, item.name), prefix + item.name
+        if dataclasses.is_dataclass(after):
+            lines += changed_keys(before, after, key + ".")
+        elif before != after:
+            lines.append(f"{key}: {before} -> {after}")
+    return lines

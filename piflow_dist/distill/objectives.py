@@ -1,0 +1,203 @@
+"""What a micro-batch contributes to the step: losses whose gradients add up in the trained model's shards.
+
+B batch, C latent channels, H W latent size, L text tokens, D width, M intermediate states.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from piflow_dist.config import Config, GuidanceConfig, ScheduleConfig
+from piflow_dist.distill.imitation import ImitationOutput, ImitationSettings, imitation_segment
+from piflow_dist.flow.guidance import guided_velocity, needs_uncond
+from piflow_dist.flow.schedule import FlowSchedule
+from piflow_dist.models.heads import PATCH, make_policy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clean latents (B,C,H,W), prompts (B,L,D) with their mask (B,L), and the embedding of the empty prompt (L0,D)."""
+
+    x0_BCHW: Tensor
+    text_BLD: Tensor
+    mask_BL: Tensor
+    empty_LD: Tensor
+
+    def __post_init__(self):
+        missing = len(self.empty_LD) - self.text_BLD.shape[1]
+        if missing > 0:  # room for the empty prompt in every row
+            object.__setattr__(self, "text_BLD", F.pad(self.text_BLD, (0, 0, 0, missing)))
+            object.__setattr__(self, "mask_BL", F.pad(self.mask_BL, (0, missing)))
+
+    def without_prompts(self, drop_B: Tensor | None = None) -> "Batch":
+        """The batch with the empty prompt where drop_B is true (everywhere by default)."""
+        unused = self.text_BLD.shape[1] - len(self.empty_LD)
+        text_BLD = F.pad(self.empty_LD, (0, 0, 0, unused)).expand_as(self.text_BLD)
+        mask_BL = (torch.arange(self.mask_BL.shape[1], device=self.mask_BL.device) < len(self.empty_LD)).expand_as(
+            self.mask_BL
+        )
+        if drop_B is not None:
+            text_BLD = torch.where(drop_B[:, None, None], text_BLD, self.text_BLD)
+            mask_BL = torch.where(drop_B[:, None], mask_BL, self.mask_BL)
+        return Batch(self.x0_BCHW, text_BLD, mask_BL, self.empty_LD)
+
+
+class TeacherVelocity:
+    """Guided velocity of the frozen teacher; takes any number of states per prompt at once, state-major."""
+
+    def __init__(self, teacher, batch: Batch, guidance: GuidanceConfig):
+        self.teacher, self.guidance = teacher, guidance
+        self.cond, self.uncond = batch, batch.without_prompts()
+
+    @torch.no_grad()
+    def __call__(self, x_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
+        repeats, guidance = len(x_BCHW) // len(self.cond.mask_BL), self.guidance
+        if not needs_uncond(guidance.scale):
+            return self._evaluate(x_BCHW, sigma_B, [self.cond] * repeats)
+        prompts = [self.cond] * repeats + [self.uncond] * repeats
+        u_cond_BCHW, u_uncond_BCHW = self._evaluate(torch.cat([x_BCHW] * 2), torch.cat([sigma_B] * 2), prompts).chunk(2)
+        return guided_velocity(
+            u_cond_BCHW,
+            u_uncond_BCHW,
+            guidance.scale,
+            x=x_BCHW,
+            sigma=sigma_B,
+            orthogonal=guidance.orthogonal,
+            interval=tuple(guidance.interval),
+        )
+
+    def _evaluate(self, x_BCHW: Tensor, sigma_B: Tensor, prompts: list[Batch]) -> Tensor:
+        text_BLD = torch.cat([prompt.text_BLD for prompt in prompts])
+        mask_BL = torch.cat([prompt.mask_BL for prompt in prompts])
+        return self.teacher(x_BCHW, sigma_B, text_BLD, mask_BL).float()
+
+
+def flow_matching_step(model, batch: Batch, config: Config, schedule: FlowSchedule, scale: float, generator) -> Tensor:
+    """|u(x_sigma, sigma, prompt) - (eps - x_0)|^2 at tau ~ U(0, 1], prompts dropped at random; backward of scale * it.
+
+    Returns the detached mean loss (before `scale`).
+    """
+    B, device = len(batch.x0_BCHW), batch.x0_BCHW.device
+    batch = batch.without_prompts(torch.rand(B, generator=generator, device=device) < config.data.caption_dropout)
+    noise_BCHW = randn_like(batch.x0_BCHW, generator)
+    sigma_B = schedule.warp(1 - torch.rand(B, generator=generator, device=device))
+    x_BCHW = add_noise(batch.x0_BCHW, noise_BCHW, sigma_B)
+    u_BCHW = model(x_BCHW, sigma_B, batch.text_BLD, batch.mask_BL).float()
+    loss = F.mse_loss(u_BCHW, noise_BCHW - batch.x0_BCHW)
+    model.backward(loss * scale)
+    return loss.detach()
+
+
+def imitation_data_step(
+    model, teacher, batch: Batch, config: Config, schedule: FlowSchedule, step: int, scale: float, generator
+) -> Tensor:
+    """pi-ID on data: one segment per image, chosen by tau ~ U(0, 1] and entered from the noised image."""
+    B, device = len(batch.x0_BCHW), batch.x0_BCHW.device
+    boundaries = segment_boundaries(config, schedule).to(device)
+    tau_B = 1 - torch.rand(B, generator=generator, device=device)
+    index_B = (boundaries[None, 1:] >= tau_B[:, None]).sum(dim=1)  # segment i covers (boundary i+1, boundary i]
+    tau_src_B = boundaries[index_B]
+    noise_BCHW = randn_like(batch.x0_BCHW, generator)
+    x_src_BCHW = add_noise(batch.x0_BCHW, noise_BCHW, schedule.warp(tau_src_B))
+    length_B = tau_src_B - boundaries[index_B + 1]
+    velocity, ratio = TeacherVelocity(teacher, batch, config.distill.guidance), teacher_ratio(step, config)
+    out = imitate(model, velocity, batch, x_src_BCHW, tau_src_B, length_B, config, schedule, ratio, generator)
+    model.backward(out.loss * scale)
+    return out.loss.detach()
+
+
+def imitation_datafree_step(
+    model, teacher, batch: Batch, config: Config, schedule: FlowSchedule, scale: float, generator
+) -> Tensor:
+    """pi-ID from noise: walk all segments, one backward each, entering the next where the detached policy ends.
+
+    Of the batch's images only the shape is used. Returns the detached sum of the segments' losses weighted by length.
+    """
+    velocity = TeacherVelocity(teacher, batch, config.distill.guidance)
+    boundaries = segment_boundaries(config, schedule).to(batch.x0_BCHW.device)
+    x_BCHW, losses = randn_like(batch.x0_BCHW, generator), []
+    for tau, tau_next in zip(boundaries[:-1], boundaries[1:], strict=True):
+        tau_B, length_B = tau.expand(len(x_BCHW)), (tau - tau_next).expand(len(x_BCHW))
+        out = imitate(model, velocity, batch, x_BCHW, tau_B, length_B, config, schedule, 0.0, generator)
+        loss = out.loss * (tau - tau_next)
+        model.backward(loss * scale)
+        losses.append(loss.detach())
+        x_BCHW = out.x_end
+    return torch.stack(losses).sum()
+
+
+def imitate(
+    model,
+    velocity: TeacherVelocity,
+    batch: Batch,
+    x_src_BCHW: Tensor,
+    tau_src_B: Tensor,
+    length_B: Tensor,
+    config: Config,
+    schedule: FlowSchedule,
+    ratio: float,
+    generator: torch.Generator,
+) -> ImitationOutput:
+    """One network evaluation and the imitation of one segment."""
+    sigma_src_B = schedule.warp(tau_src_B)
+    outputs = model(x_src_BCHW, sigma_src_B, batch.text_BLD, batch.mask_BL)
+    policy = make_policy(outputs, x_src_BCHW, sigma_src_B, config.policy, base_segment(config), schedule.shift)
+    trajectory_policy = policy.detach()
+    if config.policy.type == "gmflow" and config.distill.component_dropout > 0:
+        trajectory_policy = trajectory_policy.with_dropout(config.distill.component_dropout, generator)
+    return imitation_segment(
+        policy,
+        velocity,
+        x_src_BCHW,
+        tau_src_B,
+        length_B,
+        schedule,
+        imitation_settings(config),
+        teacher_ratio=ratio,
+        generator=generator,
+        rollout_policy=trajectory_policy,
+    )
+
+
+def build_schedule(config: ScheduleConfig, latent_shape: tuple[int, int, int]) -> FlowSchedule:
+    """latent_shape: (C, H, W), which decides a dynamic shift."""
+    if not config.dynamic:
+        return FlowSchedule(shift=config.shift)
+    return FlowSchedule.dynamic(latent_shape[1] * latent_shape[2] // PATCH**2)
+
+
+def imitation_settings(config: Config) -> ImitationSettings:
+    distill = config.distill
+    return ImitationSettings(
+        num_intermediate_states=distill.num_intermediate_states,
+        window_substeps=distill.window_substeps,
+        total_substeps=distill.total_substeps,
+        loss_scale=distill.loss_scale,
+        stack_teacher_states=distill.stack_teacher_states,
+    )
+
+
+def teacher_ratio(step: int, config: Config) -> float:
+    """Scheduled mixing: share of a segment that follows the teacher at optimiser step `step`, counted from 0."""
+    decay = config.distill.num_decay_iters
+    return max(0.0, 1 - step / decay) if decay else 0.0
+
+
+def segment_boundaries(config: Config, schedule: FlowSchedule) -> Tensor:
+    return schedule.segments(config.distill.nfe, config.distill.final_step_size_scale).float()
+
+
+def base_segment(config: Config) -> float:
+    """Length in tau of every segment but the last."""
+    return 1 / (config.distill.nfe - 1 + config.distill.final_step_size_scale)
+
+
+def add_noise(x0_BCHW: Tensor, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
+    """x_sigma = (1 - sigma) x_0 + sigma eps."""
+    return torch.lerp(x0_BCHW, noise_BCHW, sigma_B[:, None, None, None])
+
+
+def randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

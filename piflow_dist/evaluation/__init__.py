@@ -1,0 +1,1 @@
+"""How good is a sampled folder: features, metrics, evaluation of one folder, and the report over several."""

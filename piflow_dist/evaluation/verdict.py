@@ -1,0 +1,164 @@
+"""Sentences computed from the measurements. They state what the table holds and nothing else."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from piflow_dist.evaluation.evaluate import Evaluation
+from piflow_dist.evaluation.metrics import METRICS
+
+TITLES = {metric.key: metric for metric in METRICS}
+LEVEL = {"psnr_db": 0.5, "frechet_reference": 0.10, "diversity": 0.02, "prompt_accuracy": 0.01}
+"""Differences up to these count as level: dB, share of the larger distance, ratio to the reference, share of images."""
+LEVEL_TEXT = (
+    f"Level: PSNR within {LEVEL['psnr_db']} dB, Frechet distance within {100 * LEVEL['frechet_reference']:.0f} % "
+    f"of the larger, diversity as near to 1 within {LEVEL['diversity']}, prompt accuracy within "
+    f"{100 * LEVEL['prompt_accuracy']:.0f} point. A convention of this report, not a test of significance: there is "
+    "one training and one set of noises."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    what: str
+    measured: str
+    met: bool | None
+    """None: not measured."""
+
+
+def verdict(rows: Sequence[Evaluation], reference: str) -> list[str]:
+    """One sentence for each pair of a student and another teacher than the reference, and two on prompts and speed."""
+    by_name = {row.name: row for row in rows}
+    whole = by_name[reference]
+    sentences = [
+        f"PSNR, Frechet distance and diversity are measured against the {whole.phrase}'s images from the same "
+        f"{whole.count} noises."
+    ]
+    for student in (row for row in rows if row.kind == "student"):
+        teachers = [row for row in rows if row.kind == "teacher" and row.name != reference]
+        # The fairest opponent first: the teacher at the student's own number of steps.
+        for teacher in sorted(teachers, key=lambda row: (row.steps != student.steps, row.steps)):
+            sentences.append(_comparison(student, teacher))
+        sentences += _against_reference(student, whole)
+    return sentences
+
+
+def targets(rows: Sequence[Evaluation], reference: str) -> list[Target]:
+    """What the full-length demo should reach, beside what was reached. Empty without a student."""
+    whole = next(row for row in rows if row.name == reference)
+    student = next((row for row in rows if row.kind == "student"), None)
+    if student is None:
+        return []
+    few = next(
+        (row for row in rows if row.kind == "teacher" and row.steps == student.steps and row.name != reference), None
+    )
+    mine, best = student.values, whole.values
+    found = [
+        _target("PSNR at least 29.5 dB", "psnr_db", [mine["psnr_db"]], lambda psnr: psnr >= 29.5),
+        _target(
+            "Frechet distance to the reference at most 1.0",
+            "frechet_reference",
+            [mine["frechet_reference"]],
+            lambda distance: distance <= 1.0,
+        ),
+        _target(
+            "Diversity between 0.95 and 1.02", "diversity", [mine["diversity"]], lambda ratio: 0.95 <= ratio <= 1.02
+        ),
+        _target(
+            "Prompt accuracy within 2 points of the reference",
+            "prompt_accuracy",
+            [mine["prompt_accuracy"], best["prompt_accuracy"]],
+            lambda share, whole: abs(share - whole) <= 0.02,
+        ),
+    ]
+    if few is not None:
+        theirs = few.values
+        found[1:1] = [
+            _target(
+                f"PSNR at least 2.5 dB above the {few.phrase}",
+                "psnr_db",
+                [mine["psnr_db"], theirs["psnr_db"]],
+                lambda psnr, other: psnr >= other + 2.5,
+            ),
+        ]
+        found[3:3] = [
+            _target(
+                f"Frechet distance at most a third of the {few.phrase}",
+                "frechet_reference",
+                [mine["frechet_reference"], theirs["frechet_reference"]],
+                lambda mine, other: mine <= other / 3,
+            ),
+        ]
+    return found
+
+
+def compare(key: str, mine: float, theirs: float) -> str:
+    """ahead, level or behind, by the metric's sense of better and the margin in LEVEL."""
+    metric = TITLES[key]
+    if metric.better == "one":
+        gain = abs(theirs - 1) - abs(mine - 1)
+    else:
+        gain = (mine - theirs) * (1 if metric.better == "higher" else -1)
+    margin = LEVEL[key] * (max(mine, theirs) if key == "frechet_reference" else 1)
+    if abs(gain) <= margin + 1e-12:
+        return "level"
+    return "ahead" if gain > 0 else "behind"
+
+
+def _comparison(student: Evaluation, teacher: Evaluation) -> str:
+    names = {
+        "psnr_db": "PSNR",
+        "frechet_reference": "Frechet distance",
+        "diversity": "diversity",
+        "prompt_accuracy": "prompt accuracy",
+    }
+    parts: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
+    for key, name in names.items():
+        mine, theirs = student.values[key], teacher.values[key]
+        if mine is not None and theirs is not None:
+            parts[compare(key, mine, theirs)].append(f"{name} ({_against(key, mine, theirs)})")
+    said = (
+        "; ".join(f"{word} in {_listed(items)}" for word, items in parts.items() if items)
+        or "nothing could be compared"
+    )
+    return f"The {student.phrase} beside the {teacher.phrase}{_cost(student, teacher)}: {said}."
+
+
+def _against_reference(student: Evaluation, reference: Evaluation) -> list[str]:
+    sentences = []
+    mine, theirs = (row.values["prompt_accuracy"] for row in (student, reference))
+    if mine is not None and theirs is not None:
+        sentences.append(
+            f"Of the student's images, {100 * mine:.1f} % are classified as their prompt; of the {reference.phrase}'s, "
+            f"{100 * theirs:.1f} %."
+        )
+    mine, theirs = (row.values["images_per_second"] for row in (student, reference))
+    if mine and theirs:
+        sentences.append(
+            f"The student made {mine:.1f} images a second, the {reference.phrase} {theirs:.1f}: {mine / theirs:.1f} "
+            f"times as many{_cost(student, reference)}."
+        )
+    return sentences
+
+
+def _cost(student: Evaluation, teacher: Evaluation) -> str:
+    mine, theirs = (row.values["evaluations_per_image"] for row in (student, teacher))
+    if mine is None or theirs is None:
+        return ""
+    return f" ({_against('evaluations_per_image', mine, theirs)} network evaluations an image)"
+
+
+def _target(what: str, key: str, values: list[float | None], test: Callable[..., bool]) -> Target:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return Target(what=what, measured="not measured", met=None)
+    return Target(what=what, measured=_against(key, *known), met=bool(test(*known)))
+
+
+def _against(key: str, *values: float) -> str:
+    """'32.1 against 26.9 dB'"""
+    unit = {"psnr_db": " dB", "prompt_accuracy": " %"}.get(key, "")
+    return " against ".join(TITLES[key].text(value).removesuffix(unit) for value in values) + unit
+
+
+def _listed(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -1,0 +1,1 @@
+"""Flow matching without networks: the time schedule, guidance, and the samplers."""

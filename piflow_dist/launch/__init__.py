@@ -1,0 +1,1 @@
+"""Checks before processes start, and the processes of one machine."""

@@ -1,0 +1,63 @@
+"""Progress for people: a live bar on a terminal, plain lines with the remaining time elsewhere."""
+
+import logging
+import sys
+import time
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console()
+
+
+class StepProgress:
+    """Progress of `total` steps. `update(step, text)` after each; plain lines every `every` steps without a terminal."""
+
+    def __init__(self, title: str, total: int, start: int = 0, every: int = 10):
+        self.title, self.total, self.start, self.every = title, total, start, every
+        self.began = time.monotonic()
+        self.bar = None
+
+    def __enter__(self) -> "StepProgress":
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=console,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.start, text="")
+        return self
+
+    def update(self, step: int, text: str = "") -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, text=text)
+        elif step % self.every == 0 or step == self.total:
+            per_step = (time.monotonic() - self.began) / max(step - self.start, 1)
+            eta = timedelta(seconds=round(per_step * (self.total - step)))
+            print(f"{self.title} {step}/{self.total}  eta {eta}  {text}", flush=True)
+
+    def __exit__(self, *exception) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def start_logging(rank: int, log_file: str | None) -> None:
+    """Warnings and messages to stderr on rank 0, everything to the rank's log file."""
+    handlers: list[logging.Handler] = []
+    if rank == 0:
+        handlers.append(logging.StreamHandler(sys.stderr))
+    if log_file:
+        handlers.append(logging.FileHandler(log_file))
+    layout = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+    for handler in handlers:
+        handler.setFormatter(layout)
+    root = logging.getLogger()
+    root.handlers, root.level = handlers, logging.WARNING
+    logging.getLogger("piflow_dist").setLevel(logging.INFO)

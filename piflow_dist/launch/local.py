@@ -1,0 +1,91 @@
+"""Run a module in N processes of this machine (torch's elastic agent): logs per rank, all ended when one fails."""
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+from piflow_dist.config import ConfigError, LaunchConfig
+
+
+class WorkerFailed(RuntimeError):
+    """A worker process ended with an error; the message names rank, exit code and log."""
+
+
+def default_threads(processes: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def check_port(port: int) -> None:
+    if port == 0:
+        return
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(
+                f"launch.port={port} cannot be used: {error.strerror}. Choose another one, or launch.port=0 for a free one."
+            ) from error
+
+
+def check_devices(launch: LaunchConfig) -> None:
+    if launch.device == "cuda" or (launch.device == "auto" and torch.cuda.is_available()):
+        found = torch.cuda.device_count()
+        if launch.processes > found:
+            raise ConfigError(
+                f"launch.processes={launch.processes} but this machine has {found} GPUs. "
+                f"Set launch.processes to at most {found}, or launch.device=cpu."
+            )
+
+
+def run_workers(module: str, arguments: list[str], launch: LaunchConfig, log_dir: Path) -> None:
+    """Run `python -m module *arguments` in launch.processes processes and wait.
+
+    Rank 0 keeps this terminal, the other ranks write to log_dir. Raises WorkerFailed where one fails (the others are ended
+    first) and KeyboardInterrupt on Ctrl-C or SIGTERM, again with all workers ended.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
+    from torch.distributed.launcher.api import elastic_launch
+
+    check_port(launch.port)
+    check_devices(launch)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = str(launch.threads or default_threads(launch.processes))
+    config = ElasticConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=launch.processes,
+        run_id=f"piflow_{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{launch.port}",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(
+            log_dir=str(log_dir), redirects={rank: Std.ALL for rank in range(1, launch.processes)}
+        ),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as failure:
+        raise WorkerFailed(describe(failure, log_dir)) from failure
+    except SignalException as stop:
+        raise KeyboardInterrupt(signal.Signals(stop.sigval).name) from stop
+
+
+def describe(failure, log_dir: Path) -> str:
+    rank, first = failure.get_first_failure()
+    if first.exitcode < 0:
+        cause = f"was ended by {signal.Signals(-first.exitcode).name}"
+    else:
+        cause = f"ended with exit code {first.exitcode}"
+    message = first.message if isinstance(first.message, str) else first.message.get("message", "")
+    # Only a recorded exception says more than the exit code does.
+    reason = f"\n{message}" if first.error_file_data else ""
+    return f"Process {rank} {cause}; the other processes were ended too. Logs: {log_dir}.{reason}"

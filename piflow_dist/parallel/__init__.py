@@ -1,0 +1,1 @@
+"""Ranks, and the DeepSpeed engine: the step's collectives live here."""

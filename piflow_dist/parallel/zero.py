@@ -1,0 +1,185 @@
+"""DeepSpeed ZeRO-3: engines for a trained and for a frozen model, and a view of their shards by parameter name.
+
+DeepSpeed flattens a rank's shards into a few buffers ("sub-groups"). Checkpoints and EMA work on named pieces of those.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from piflow_dist.config import OptimConfig, ParallelConfig
+from piflow_dist.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class StepResult:
+    grad_norm: float
+    applied: bool
+    """False where the gradient was not finite and the weights were left as they were."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One parameter's part on this rank: elements [dp_rank * size, (dp_rank + 1) * size) of it, flattened and padded."""
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    group: int
+    offset: int
+
+
+def deepspeed_config(optim: OptimConfig | None, parallel: ParallelConfig, dtype: str) -> dict:
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # bookkeeping of DeepSpeed's only: batches are ours
+        "managed_gradient_accumulation": False,  # any number of backwards, then one step
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": False,
+            "reduce_scatter": optim is None or optim.type != "muon",  # DeepSpeed's Muon wants whole gradients
+            "stage3_param_persistence_threshold": parallel.persistence_threshold,
+        },
+        "bf16": {"enabled": dtype == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+    if optim is None:
+        return config
+    adam = {"betas": list(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay, "torch_adam": True}
+    if optim.type == "muon":
+        muon = {"muon_lr": optim.muon_lr, "adam_lr": optim.lr, "lr": optim.lr, "momentum": optim.momentum}
+        config["optimizer"] = {"type": "Muon", "params": {**adam, **muon, "ns_method": "gram"}}
+    elif optim.type == "adamw":
+        config["optimizer"] = {"type": "AdamW", "params": {**adam, "lr": optim.lr}}
+    return config
+
+
+def import_deepspeed(device: torch.device):
+    """DeepSpeed with a readable log and without its shared-memory collectives.
+
+    Those need a C++ compiler at first use and wait for ever for a rank that died; gloo raises within milliseconds.
+    """
+    import deepspeed
+
+    from deepspeed.runtime.zero.muon import original_muon
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # Muon's Newton-Schulz in bf16, its default, is emulated on most CPUs: several times slower than fp32.
+        original_muon.ns_compute_dtype = lambda method: torch.float32
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    return deepspeed
+
+
+class FrozenModel:
+    """A model without optimiser whose weights are sharded over the data-parallel ranks."""
+
+    def __init__(self, module: nn.Module, topology: Topology, parallel: ParallelConfig, dtype: str):
+        deepspeed = import_deepspeed(topology.device)
+        module.requires_grad_(False).eval()
+        deepspeed.utils.set_z3_leaf_modules(module, list(module.leaf_modules))
+        self.engine, *_ = deepspeed.initialize(
+            model=module.to(topology.device), config=deepspeed_config(None, parallel, dtype)
+        )
+
+    def __call__(self, *args):
+        return self.engine(*args)
+
+
+class TrainedModel:
+    """A model under ZeRO-3 with its optimiser: fp32 master weights, any number of backwards per step."""
+
+    def __init__(self, module: nn.Module, topology: Topology, optim: OptimConfig, parallel: ParallelConfig, dtype: str):
+        deepspeed = import_deepspeed(topology.device)
+        self.topology, self.optim = topology, optim
+        module = module.to(topology.device)
+        # Hooks on every linear would cost more than the arithmetic of a small model, and many small messages of a large one.
+        deepspeed.utils.set_z3_leaf_modules(module, list(module.leaf_modules))
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        client = None
+        if optim.type == "sgd":
+            client = torch.optim.SGD(
+                parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+            )
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=parameters,
+            optimizer=client,
+            config=deepspeed_config(optim, parallel, dtype),
+        )
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        self.shards = list(self._list_shards(names))
+
+    def __call__(self, *args):
+        return self.engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self, lr_scale: float, clip: float) -> StepResult:
+        """Reduce, clip to norm `clip` (0: not at all) and update with the configured learning rates times lr_scale."""
+        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * lr_scale
+        self.optimizer.clip_grad = clip
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        return StepResult(grad_norm=norm, applied=not self.optimizer.overflow)
+
+    def _list_shards(self, names: dict[nn.Parameter, str]) -> Iterator[Shard]:
+        for index, group in enumerate(self.optimizer.fp16_groups):
+            offset = 0
+            for parameter in group:
+                size = parameter.partition_numel()
+                yield Shard(names[parameter], tuple(parameter.ds_shape), size, index, offset)
+                offset += size
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """fp32 weights of this rank, one flat tensor per sub-group."""
+        return self.optimizer.fp32_partitioned_groups_flat
+
+    def named(self, flats: list[Tensor]) -> dict[str, Tensor]:
+        """Views of flat sub-group buffers by parameter name."""
+        return {shard.name: flats[shard.group].narrow(0, shard.offset, shard.size) for shard in self.shards}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """{"exp_avg/<parameter>": shard, "step/<parameter>": scalar, ...}; empty before the first step."""
+        state = {}
+        for shard in self.shards:
+            for key, value in self.optimizer.optimizer.state.get(self.masters[shard.group], {}).items():
+                if torch.is_tensor(value) and value.numel() > 1:
+                    state[f"{key}/{shard.name}"] = value.narrow(0, shard.offset, shard.size)
+                else:
+                    state[f"{key}/{shard.name}"] = torch.as_tensor(value)
+        return state
+
+    def load(self, weights: dict[str, Tensor], optimizer_state: dict[str, Tensor]) -> None:
+        """Set the fp32 masters and the optimiser's state from this rank's shards, and refresh the working weights."""
+        with torch.no_grad():
+            for shard in self.shards:
+                self.masters[shard.group].narrow(0, shard.offset, shard.size).copy_(weights[shard.name])
+        keys = sorted({name.partition("/")[0] for name in optimizer_state})
+        for index, master in enumerate(self.masters):
+            members = [shard for shard in self.shards if shard.group == index]
+            state = {}
+            for key in keys:
+                pieces = [optimizer_state[f"{key}/{s.name}"] for s in members if f"{key}/{s.name}" in optimizer_state]
+                if pieces and pieces[0].dim() > 0:
+                    state[key] = torch.cat(pieces).to(master.device)
+                elif pieces:
+                    # torch's Adam counts steps in a float tensor, DeepSpeed's own loop in an int.
+                    state[key] = pieces[0].clone() if pieces[0].is_floating_point() else int(pieces[0])
+            if state:
+                self.optimizer.optimizer.state[master] = state
+            # Working weights (bf16, or the fp32 copy that forward gathers) do not follow the masters by themselves.
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        persistent = self.optimizer.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)

@@ -1,0 +1,1 @@
+"""Sampling from checkpoints over any number of processes, without the trainer's engine."""

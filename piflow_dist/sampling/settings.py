@@ -1,0 +1,141 @@
+"""Settings of tools/sample.py, and what they mean for a given source."""
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from data_pipeline.stream import load_description
+from piflow_dist.checkpoint.files import MANIFEST
+from piflow_dist.config import Config, ConfigError, LaunchConfig, require, require_positive
+from piflow_dist.launch.preflight import read_run_config, resolve_checkpoint
+
+
+@dataclass(kw_only=True)
+class SampleConfig:
+    """Images from a teacher's or student's run."""
+
+    source: str = MISSING
+    """Run folder, or one of its checkpoint folders."""
+    out: str = MISSING
+    prompts: str | None = None
+    """Text file, one prompt a line; default: the distinct prompts of the training data."""
+    images_per_prompt: int = 1
+    seed: int = 0
+    """Image i of the request has the noise of (seed, i), whatever the batch or the number of processes."""
+    nfe: int | None = None
+    """Student evaluations per image; default: as trained."""
+    steps: int = 100
+    """Euler steps of a teacher."""
+    guidance: float = 1.0
+    """Guidance scale of a teacher."""
+    temperature: str = "auto"
+    """Of a GMFlow student, at every step but the last: a number, or auto = 0.1 (nfe - 1)."""
+    h: str = "0"
+    """Noise of a student's flow-map sampler: 0 is the ODE, inf draws all noise afresh."""
+    substeps: int = 128
+    """Policy substeps over the whole trajectory."""
+    ema: bool = True
+    """Averaged weights, or the raw ones."""
+    batch_size: int = 64
+    overwrite: bool = False
+    """Replace images of other settings in the same folder."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self):
+        require_positive("sample", self, "images_per_prompt", "steps", "substeps", "batch_size")
+        require(self.nfe is None or self.nfe > 0, f"nfe={self.nfe} must be greater than zero.")
+        require(self.guidance >= 1, f"guidance={self.guidance} is below 1. Use 1 for none.")
+        if self.temperature != "auto":
+            require(0 < number("temperature", self.temperature) <= 1, f"temperature={self.temperature} must lie in (0, 1].")
+        require(number("h", self.h) >= 0, f"h={self.h} must be 0 (ODE) or more.")
+
+
+def number(option: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}={text} is not a number.") from error
+    require(not math.isnan(value), f"{option}={text} is not a number.")
+    return value
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """A checked request: which image is made from which prompt, noise, weights and settings."""
+
+    config: SampleConfig
+    run: Config
+    checkpoint: Path
+    prompts: list[str]
+    """One per image."""
+
+    @property
+    def kind(self) -> str:
+        return "student" if self.run.distils else "teacher"
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per image."""
+        if self.kind == "student":
+            return self.config.nfe or self.run.distill.nfe
+        return self.config.steps * (2 if self.config.guidance > 1 else 1)
+
+    @property
+    def temperature(self) -> float | str:
+        if self.run.policy.type != "gmflow":
+            return 1.0
+        return "auto" if self.config.temperature == "auto" else float(self.config.temperature)
+
+    def image_seed(self, index: int) -> int:
+        digest = hashlib.blake2b(f"{self.config.seed},{index}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    def parts(self) -> list[range]:
+        """Image indices, in batches that are written as one file."""
+        return [
+            range(start, min(start + self.config.batch_size, len(self.prompts)))
+            for start in range(0, len(self.prompts), self.config.batch_size)
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        """Everything the pixels depend on."""
+        settings = asdict(self.config)
+        for name in ("out", "overwrite", "launch", "source", "prompts", "images_per_prompt"):
+            settings.pop(name)
+        weights = hashlib.sha256((self.checkpoint / MANIFEST).read_bytes()).hexdigest()
+        prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+        return {**settings, "images": len(self.prompts), "prompts_sha256": prompts, "weights_sha256": weights}
+
+
+def build_request(config: SampleConfig) -> SampleRequest:
+    """Resolve source and prompts. Raises ConfigError for what cannot be sampled."""
+    checkpoint = resolve_checkpoint(config.source, "source")
+    run = read_run_config(checkpoint)
+    if config.nfe is not None and run.distils:
+        require(
+            run.policy.type == "gmflow" or config.nfe == run.distill.nfe,
+            f"nfe={config.nfe}: a DX student is sampled at the {run.distill.nfe} evaluations it was trained for.",
+        )
+        require(
+            config.nfe >= run.distill.nfe,
+            f"nfe={config.nfe} is below the {run.distill.nfe} evaluations this student was trained for. "
+            f"Use {run.distill.nfe} or more.",
+        )
+    prompts = [prompt for prompt in read_prompts(config, run) for _ in range(config.images_per_prompt)]
+    return SampleRequest(config, run, checkpoint, prompts)
+
+
+def read_prompts(config: SampleConfig, run: Config) -> list[str]:
+    if config.prompts is None:
+        prompts = list(load_description(run.data.root).prompts)
+        require(bool(prompts), f"{run.data.root} lists no prompts. Give prompts=FILE, one a line.")
+        return prompts
+    path = Path(config.prompts)
+    require(path.is_file(), f"prompts={path} does not exist. Give a text file, one prompt a line.")
+    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    require(bool(prompts), f"prompts={path} is empty. Write one prompt a line.")
+    return prompts

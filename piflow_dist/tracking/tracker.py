@@ -1,0 +1,139 @@
+"""One MLflow run per training and a metrics.jsonl beside it; rank 0 only.
+
+metrics.jsonl holds every step and is the truth; MLflow gets the same rows in batches of tracking.log_every steps.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from piflow_dist.checkpoint.files import write_atomic
+from piflow_dist.config import Config
+
+RUN_ID = "mlflow_run_id"
+METRICS = "metrics.jsonl"
+
+
+def tracking_uri(config: Config) -> str:
+    """tracking.uri, else MLFLOW_TRACKING_URI, else an SQLite file beside the run folder."""
+    database = Path(config.run_dir).resolve().parent / "mlflow.db"
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
+
+
+def ui_command(uri: str) -> str:
+    """The command that opens the store in a browser."""
+    return f"mlflow ui --backend-store-uri {uri}" if not uri.startswith("http") else f"open {uri}"
+
+
+class MetricsFile:
+    """One JSON object per step. A resumed run drops the rows that it is about to write again."""
+
+    def __init__(self, path: Path, first_step: int):
+        self.path = path
+        if path.exists():
+            rows = [row for row in read_metrics(path) if row["step"] < first_step]
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line cut off by a kill is left out."""
+    lines = path.read_text().split("\n")
+    complete = [line for line in lines[:-1] if line]
+    return [json.loads(line) for line in complete]
+
+
+class Tracker:
+    """Writes every step to metrics.jsonl and, where tracking.enabled, to MLflow."""
+
+    def __init__(self, config: Config, first_step: int, world_size: int):
+        """first_step: the step (from 1) that the training is about to take."""
+        self.run_dir = Path(config.run_dir)
+        self.every = config.tracking.log_every
+        self.rows: list[dict[str, Any]] = []
+        self.metrics_file = MetricsFile(self.run_dir / METRICS, first_step)
+        self.client, self.run_id = None, None
+        if config.tracking.enabled:
+            self._open_run(config, first_step, world_size)
+
+    def _open_run(self, config: Config, first_step: int, world_size: int) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        import mlflow
+
+        uri = tracking_uri(config)
+        self.client = mlflow.MlflowClient(tracking_uri=uri)
+        experiment = self.client.get_experiment_by_name(config.tracking.experiment)
+        if experiment is None:
+            # Beside the database: artifacts must not land in whatever folder the command was typed in.
+            artifacts = (self.run_dir.resolve().parent / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+            experiment_id = self.client.create_experiment(config.tracking.experiment, artifact_location=artifacts)
+        else:
+            experiment_id = experiment.experiment_id
+        saved = self.run_dir / RUN_ID
+        if first_step > 1 and saved.exists():
+            self.run_id = saved.read_text().strip()
+            self.client.update_run(self.run_id, status="RUNNING")
+        else:
+            self.run_id = self.client.create_run(experiment_id, run_name=self.run_dir.name).info.run_id
+            write_atomic(saved, self.run_id + "\n")
+            values = OmegaConf.to_container(OmegaConf.structured(config))
+            for key, value in flatten(values):
+                self.client.log_param(self.run_id, key, value)
+            self.client.log_artifact(self.run_id, str(self.run_dir / "config.yaml"))
+        self.client.set_tag(self.run_id, "world_size", world_size)
+        self.client.set_tag(self.run_id, "torch", torch.__version__)
+        logged = self.client.get_run(self.run_id).data.tags.get("last_step")
+        self.last_logged = int(logged) if logged else 0
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record step (from 1)."""
+        row = {"step": step, **values}
+        self.metrics_file.write(row)
+        self.rows.append(row)
+        if len(self.rows) >= self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is waiting. Steps that a killed run had already sent are not sent twice."""
+        if self.client is not None and self.rows:
+            from mlflow.entities import Metric
+
+            now = int(time.time() * 1000)
+            metrics = [
+                Metric(key, float(value), now, row["step"])
+                for row in self.rows
+                if row["step"] > self.last_logged
+                for key, value in row.items()
+                if key != "step"
+            ]
+            for start in range(0, len(metrics), 1000):
+                self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+            self.last_logged = max(self.last_logged, self.rows[-1]["step"])
+            self.client.set_tag(self.run_id, "last_step", self.last_logged)
+        self.rows = []
+
+    def close(self, status: str) -> None:
+        """status: FINISHED or FAILED."""
+        self.flush()
+        self.metrics_file.close()
+        if self.client is not None:
+            self.client.set_terminated(self.run_id, status)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as dotted keys."""
+    rows = []
+    for key, value in values.items():
+        rows += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return rows

@@ -1,0 +1,120 @@
+"""data_pipeline/codec.py: the block transform against scipy, the VAE's normalisation against diffusers' own formula."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.fft import dctn
+from torch.testing import assert_close
+
+from data_pipeline.codec import BlockCodec, QwenImageCodec, load_codec
+from data_pipeline.compat import repair_torchvision
+
+
+def random_images(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_block_codec_is_scipys_cosine_transform_of_each_block():
+    images_Bchw = random_images(2, 1, 8, 12)
+    latents_BCHW = BlockCodec(scale=0.5).encode(images_Bchw)
+    assert latents_BCHW.shape == (2, 16, 2, 3)
+    block = images_Bchw[1, 0, 4:8, 8:12].double().numpy()
+    want = 0.5 * dctn(block, type=2, norm="ortho").reshape(16)
+    assert_close(latents_BCHW[1, :, 1, 2].double(), torch.from_numpy(want), rtol=0, atol=1e-6)
+
+
+def test_block_codec_is_orthogonal():
+    images_Bchw = random_images(3, 2, 8, 8)
+    latents_BCHW = BlockCodec(image_channels=2).encode(images_Bchw)
+    assert latents_BCHW.shape == (3, 32, 2, 2)
+    assert_close(latents_BCHW.square().sum(), images_Bchw.square().sum())
+    gram = torch.einsum("aCHW,bCHW->ab", latents_BCHW, latents_BCHW)
+    assert_close(gram, torch.einsum("achw,bchw->ab", images_Bchw, images_Bchw))
+
+
+@pytest.mark.parametrize(("channels", "block"), [(1, 4), (3, 4), (1, 8), (1, 1)])
+def test_block_codec_round_trip(channels: int, block: int):
+    codec = BlockCodec(channels, block, scale=1.7)
+    images_Bchw = random_images(2, channels, 16, 24)
+    latents_BCHW = codec.encode(images_Bchw)
+    assert latents_BCHW.shape == (2, codec.latent_channels, 16 // codec.downscale, 24 // codec.downscale)
+    assert_close(codec.decode(latents_BCHW), images_Bchw, rtol=0, atol=1e-6)
+
+
+def test_image_channels_do_not_mix():
+    codec = BlockCodec(image_channels=3)
+    images_Bchw = torch.zeros(1, 3, 4, 4)
+    images_Bchw[:, 1] = 1.0
+    latents_C = codec.encode(images_Bchw).flatten()
+    assert_close(latents_C[16], torch.tensor(4.0))  # the second channel's mean, times the block edge
+    assert latents_C.abs().sum() == latents_C[16]
+
+
+def test_decode_clamps_to_the_range_of_images():
+    assert BlockCodec().decode(torch.full((1, 16, 1, 1), 9.0)).abs().max() == 1.0
+
+
+def test_descriptions_are_json_and_rebuild_the_codec():
+    codec = BlockCodec(3, 4, scale=1.25)
+    again = load_codec(json.loads(json.dumps(codec.describe())))
+    images_Bchw = random_images(1, 3, 8, 8)
+    assert torch.equal(codec.encode(images_Bchw), again.encode(images_Bchw))
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="Unknown codec kind 'jpeg'"):
+        load_codec({"kind": "jpeg"})
+    with pytest.raises(ValueError, match="scale=0"):
+        BlockCodec(scale=0)
+    with pytest.raises(ValueError, match="10 x 8 pixels do not split into blocks of 4"):
+        BlockCodec().encode(torch.zeros(1, 1, 10, 8))
+    with pytest.raises(ValueError, match="1 channel"):
+        BlockCodec().encode(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="16 latent channels, got 4"):
+        BlockCodec().decode(torch.zeros(1, 4, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def tiny_vae_folder(tmp_path_factory) -> str:
+    repair_torchvision()
+    from diffusers import AutoencoderKLQwenImage
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[2.0, 1.5, 0.5, 1.0],
+    )
+    folder = tmp_path_factory.mktemp("qwen_image")
+    vae.save_pretrained(folder / "vae")
+    return str(folder)
+
+
+def test_qwen_codec_normalises_as_diffusers_does(tiny_vae_folder: str):
+    codec = QwenImageCodec(tiny_vae_folder)
+    images_Bchw = random_images(2, 3, 8, 16)
+    latents_BCHW = codec.encode(images_Bchw)
+    assert latents_BCHW.shape == (2, codec.latent_channels, 8 // codec.downscale, 16 // codec.downscale)
+    assert latents_BCHW.dtype == torch.float32
+    with torch.no_grad():
+        raw_BCFHW = codec._vae.encode(images_Bchw[:, :, None]).latent_dist.mode()
+    mean, std = np.array([0.1, -0.2, 0.3, 0.0]), np.array([2.0, 1.5, 0.5, 1.0])
+    want = (raw_BCFHW[:, :, 0].double() - torch.from_numpy(mean)[:, None, None]) / torch.from_numpy(std)[:, None, None]
+    assert_close(latents_BCHW.double(), want, rtol=1e-5, atol=1e-6)
+    decoded_Bchw = codec.decode(latents_BCHW)
+    assert decoded_Bchw.shape == images_Bchw.shape
+    with torch.no_grad():
+        assert_close(decoded_Bchw, codec._vae.decode(raw_BCFHW).sample[:, :, 0].clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    again = load_codec(json.loads(json.dumps(codec.describe())))
+    assert torch.equal(again.encode(images_Bchw), latents_BCHW)
+
+
+def test_qwen_codec_without_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No VAE in .*config.json is missing"):
+        QwenImageCodec(tmp_path)

@@ -1,0 +1,30 @@
+"""Train: python tools/launch.py experiment=demo_gmm [key=value ...]. The same command continues a stopped run."""
+
+import sys
+from pathlib import Path
+
+from piflow_dist.cli import run_tool
+from piflow_dist.config import changed_keys, load_config, read_config, save_config
+from piflow_dist.launch.local import run_workers
+from piflow_dist.launch.preflight import check_run
+from piflow_dist.tracking.tracker import tracking_uri, ui_command
+
+
+def launch(overrides: list[str]) -> None:
+    config = load_config(overrides)
+    check_run(config)
+    run_dir = Path(config.run_dir)
+    path = run_dir / "config.yaml"
+    if path.is_file() and config.checkpoint.resume:
+        for line in changed_keys(read_config(path), config):
+            print(f"changed since this run was last started: {line}")
+    if config.launch.dry_run:
+        print(f"Everything checked; {config.launch.processes} processes would train in {run_dir}.")
+        return
+    save_config(config, path)
+    run_workers("piflow_dist.train", [str(path)], config.launch, run_dir / "logs")
+    print(f"Finished: {run_dir}. Runs: {ui_command(tracking_uri(config))}")
+
+
+if __name__ == "__main__":
+    run_tool(launch, sys.argv[1:], __doc__)

@@ -1,0 +1,33 @@
+"""Write a data set that training streams from: images and captions -> latents and embeddings in MDS shards.
+
+    python tools/prepare_data.py out=outputs/demo/data source=digits
+
+A second call with the same settings finds the finished set and returns at once.
+"""
+
+import sys
+
+from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.settings import list_settings, parse_settings
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help", "help"} & set(arguments):
+        print(f"{__doc__}\nSettings and their defaults (data_pipeline/prepare.py explains them):")
+        print(list_settings(PrepareConfig))
+        return 0
+    try:
+        description = prepare(parse_settings(PrepareConfig, arguments))
+    except (ValueError, OSError) as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prepare_data: stopped; nothing unfinished is left behind.", file=sys.stderr)
+        return 130
+    counts = ", ".join(f"{samples:,} {split}" for split, samples in description.splits.items())
+    print(f"{description.root}: {counts}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
