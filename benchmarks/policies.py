@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/policies.py [--repeats 5] [--cases demo,qwen1,qwen2]
 
-The textbook (below) evaluates the posterior mean with zeta and nu at every substep of a masked loop, with autograd through it.
-Both include making the policy from the network's output. Times alternate between the two; the ratio of medians is reported.
+The textbook (below) evaluates the posterior mean with zeta and nu at every substep of a masked loop, with autograd
+through it. Both include making the policy from the network's output. Runs of the two alternate; medians are reported.
 B batch, K components, C channels, H W latent size, M states.
 """
 
@@ -19,7 +19,8 @@ from piflow_dist.distill.imitation import ImitationSettings, imitation_segment
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.policies import GMFlowPolicy, rollout, windowed_velocities
 
-CASES = {"demo": (64, 8, 16, 8, 8), "demo32": (32, 8, 16, 8, 8), "qwen1": (1, 8, 16, 128, 128), "qwen2": (2, 8, 16, 128, 128)}
+CASES = {"demo": (64, 8, 16, 8, 8), "demo32": (32, 8, 16, 8, 8), "qwen1": (1, 8, 16, 128, 128),
+         "qwen2": (2, 8, 16, 128, 128), "imagenet": (16, 32, 4, 32, 32)}
 SCHEDULE = FlowSchedule(3.2)
 SEGMENT, TOTAL, STATES = 1 / 3.5, 128, 2
 WINDOW = 3 * SEGMENT / round(SEGMENT * TOTAL)
@@ -59,7 +60,8 @@ def textbook_rollout(policy: TextbookPolicy, x: Tensor, tau_start: Tensor, tau_e
         sigma_next = SCHEDULE.warp(tau_next)
         x_next = x + policy.velocity(x, sigma) * (sigma_next - sigma)
         active = count > n
-        x, tau, sigma = torch.where(active, x_next, x), torch.where(active, tau_next, tau), torch.where(active, sigma_next, sigma)
+        x, tau = torch.where(active, x_next, x), torch.where(active, tau_next, tau)
+        sigma = torch.where(active, sigma_next, sigma)
     return x, sigma
 
 
@@ -125,8 +127,8 @@ def jobs(case: Case) -> dict[str, tuple[Callable, Callable]]:
         targets = iter(case.targets)
         settings = ImitationSettings(num_intermediate_states=STATES, loss_scale=2.0)
         uniforms = case.lengths / case.lengths.new_tensor(SEGMENT - WINDOW)
-        out = imitation_segment(ours_policy(), lambda x, sigma: next(targets), case.x, case.tau, SEGMENT, SCHEDULE, settings,
-                                student_uniforms_BM=uniforms)
+        out = imitation_segment(ours_policy(), lambda x, sigma: next(targets), case.x, case.tau, SEGMENT, SCHEDULE,
+                                settings, student_uniforms_BM=uniforms)
         return case.backward(out.loss)
 
     def no_grad(run: Callable) -> Callable:

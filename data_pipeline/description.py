@@ -18,6 +18,8 @@ from data_pipeline.errors import DataError
 
 FORMAT = 1
 FILE_NAME = "dataset.json"
+HASH = "xxh64"
+"""Of every shard, compressed and not: checked when it is read."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,24 @@ def check_files(description: DatasetDescription) -> None:
                         f"{path} has {path.stat().st_size} bytes, {FILE_NAME} says {size}. "
                         "Prepare the set again with overwrite=true."
                     )
+
+
+def read_index(path: Path) -> tuple[Shard, ...]:
+    """The shards that a bucket's index.json (mosaicml-streaming's own) lists. DataError where it cannot be read."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing. Restore it, or prepare the set again with overwrite=true.")
+    try:
+        return tuple(
+            Shard(
+                file=entry["zip_data"]["basename"],
+                bytes=entry["zip_data"]["bytes"],
+                xxh64=entry["zip_data"]["hashes"][HASH],
+                samples=entry["samples"],
+            )
+            for entry in json.loads(path.read_text())["shards"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}). Prepare the set again with overwrite=true.") from error
 
 
 def _splits_to_json(bucket_lists: Mapping[str, tuple[Bucket, ...]]) -> dict[str, Any]:

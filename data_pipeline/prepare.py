@@ -90,8 +90,8 @@ def prepare(config: PrepareConfig, *, show_progress: bool = True) -> DatasetDesc
     """Write the set `config.out`, or return at once where a whole one with the same settings is there.
 
     The folder appears under its name only when everything in it is written: a killed call leaves nothing that could be
-    taken for a set. Raises ValueError (settings), FileExistsError (`out` holds something else), DataError (an image or
-    caption cannot be used, or the finished set in `out` is damaged), OSError (folder not writable, disk full).
+    taken for a set. Raises ValueError (`out` holds something else), DataError (an image or caption cannot be used, or
+    the finished set in `out` is damaged), OSError (folder not writable, disk full).
     """
     out = Path(config.out).absolute()
     if not config.overwrite and (finished := _finished(out, config)) is not None:
@@ -107,8 +107,6 @@ def prepare(config: PrepareConfig, *, show_progress: bool = True) -> DatasetDesc
                     raise
                 return finished
     except OSError as error:
-        if isinstance(error, FileExistsError):
-            raise
         raise OSError(f"Cannot write {out}: {error}. Choose another out=, or free space there.") from error
     return load_description(out)
 
@@ -118,7 +116,7 @@ def _finished(out: Path, config: PrepareConfig) -> DatasetDescription | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / FILE_NAME).is_file():
-        raise FileExistsError(f"out={out} exists and is not a data set (no {FILE_NAME}). Choose another folder.")
+        raise ValueError(f"out={out} exists and is not a data set (no {FILE_NAME}). Choose another folder.")
     description = load_description(out)
     wanted = config.request()
     if description.request != wanted:
@@ -127,7 +125,7 @@ def _finished(out: Path, config: PrepareConfig) -> DatasetDescription | None:
             for name in sorted(description.request.keys() | wanted.keys())
             if description.request.get(name) != wanted.get(name)
         ]
-        raise FileExistsError(
+        raise ValueError(
             f"out={out} holds a set made with {', '.join(differing)}. Choose another folder, or overwrite=true."
         )
     check_files(description)

@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock
 
 from data_pipeline.compat import repair_torchvision
-from data_pipeline.description import DatasetDescription
+from data_pipeline.description import HASH, DatasetDescription, read_index
 from data_pipeline.errors import DataError
 
 repair_torchvision()
@@ -36,7 +36,6 @@ from streaming.base.hashing import get_hash  # noqa: E402
 from streaming.base.shared import SharedMemory, _get_path  # noqa: E402
 from streaming.base.world import World  # noqa: E402
 
-HASH = "xxh64"
 SHUFFLE_BLOCK = 1 << 18
 """Samples travel at most about this far in a shuffle, so that an epoch of a large set needs few shards at a time."""
 
@@ -56,9 +55,14 @@ class ShardSet(StreamingDataset):
         cache_dir: str | Path | None = None,
     ):
         buckets = description.buckets(split)
-        folders = [description.folder(split, bucket) for bucket in buckets]
-        self._sources = folders
-        streams = [_open_stream(description, folder, cache_dir) for folder in folders]
+        self._sources = [description.folder(split, bucket) for bucket in buckets]
+        for folder, bucket in zip(self._sources, buckets, strict=True):
+            if read_index(folder / "index.json") != bucket.shards:
+                raise DataError(
+                    f"{folder}/index.json does not list the shards that dataset.json describes: files of two sets are "
+                    "mixed. Prepare the set again with overwrite=true."
+                )
+        streams = [_open_stream(description, folder, cache_dir) for folder in self._sources]
         with _standing_alone(), _locked(streams):
             super().__init__(
                 streams=streams,
@@ -75,7 +79,6 @@ class ShardSet(StreamingDataset):
         # Protects the shard states, which only this process and its workers share.
         self._cache_filelock_path = os.path.join(streams[0].local, ".states.lock")
         self._checked: set[int] = set()
-        self._compare_with(description, split)
 
     def epoch_order(self, epoch: int, global_batch: int) -> np.ndarray:
         """Sample numbers of one epoch, (steps, global_batch), the same on every rank and for every number of ranks.
@@ -110,16 +113,13 @@ class ShardSet(StreamingDataset):
             raise
 
     def _path(self, shard_id: int) -> Path:
-        info = self.shards[shard_id].zip_data or self.shards[shard_id].raw_data
-        return self._sources[self.stream_per_shard[shard_id]] / info.basename
+        return self._sources[self.stream_per_shard[shard_id]] / self.shards[shard_id].zip_data.basename
 
     def _drop_damaged_copy(self, shard_id: int) -> None:
         """A decompressed shard left by an earlier run is used only if its hash is right; else it is made anew."""
         shard = self.shards[shard_id]
         path = Path(shard.dirname, shard.split, shard.raw_data.basename)
-        if shard.zip_data is None or not path.is_file():
-            return
-        if get_hash(HASH, path.read_bytes()) != shard.raw_data.hashes[HASH]:
+        if path.is_file() and get_hash(HASH, path.read_bytes()) != shard.raw_data.hashes[HASH]:
             logger.warning("%s is damaged; it is decompressed again", path)
             path.unlink(missing_ok=True)
 
@@ -130,20 +130,6 @@ class ShardSet(StreamingDataset):
         for memory in [self._locals_shm, *(array.shm for array in arrays)]:
             memory.shm.unlink()
 
-    def _compare_with(self, description: DatasetDescription, split: str) -> None:
-        expected = [
-            (description.folder(split, bucket) / shard.file, shard.xxh64, shard.samples)
-            for bucket in description.buckets(split)
-            for shard in bucket.shards
-        ]
-        infos = [(shard.zip_data or shard.raw_data, shard.samples) for shard in self.shards]
-        found = [(self._path(i), info.hashes.get(HASH), samples) for i, (info, samples) in enumerate(infos)]
-        if found != expected:
-            raise DataError(
-                f"The index.json files below {description.root / split} do not list the shards that dataset.json "
-                "describes: files of two sets are mixed. Prepare the set again with overwrite=true."
-            )
-
 
 class _CheckedStream(Stream):
     """One bucket. Several processes, also of different runs, may use its folder at the same time."""
@@ -153,8 +139,8 @@ class _CheckedStream(Stream):
         return FileLock(os.path.join(self.local, ".lock"))
 
     def prepare_shard(self, shard: Any) -> int:
-        info = shard.zip_data or shard.raw_data
-        source = Path(self.remote or self.local, self.split, info.basename)
+        name = shard.zip_data.basename
+        source = Path(self.remote or self.local, name)
         if not source.is_file():
             raise DataError(f"{source} is missing. Restore it, or prepare the set again with overwrite=true.")
         with self.lock:
@@ -162,7 +148,7 @@ class _CheckedStream(Stream):
                 return super().prepare_shard(shard)
             except ValueError as error:  # "Checksum failure"
                 if self.remote is not None:  # `local` holds a copy of the damaged file: the next try copies anew
-                    Path(self.local, self.split, info.basename).unlink(missing_ok=True)
+                    Path(self.local, name).unlink(missing_ok=True)
                 raise DataError(
                     f"{source} is damaged ({error}). Restore it, or prepare the set again with overwrite=true."
                 ) from error
@@ -170,9 +156,6 @@ class _CheckedStream(Stream):
 
 def _open_stream(description: DatasetDescription, folder: Path, cache_dir: str | Path | None) -> _CheckedStream:
     """The bucket in `folder`, decompressed in place where that is possible and no cache_dir is given."""
-    index = folder / "index.json"
-    if not index.is_file():
-        raise DataError(f"{index} is missing. Restore it, or prepare the set again with overwrite=true.")
     if cache_dir is None and os.access(folder, os.W_OK):
         return _CheckedStream(local=str(folder))
     if cache_dir is None:

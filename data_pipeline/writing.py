@@ -3,7 +3,6 @@
 B batch  C latent channels  H W latent size  c image channels  h w image size
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,13 +15,12 @@ from torch import Tensor
 from data_pipeline.codec import Codec
 from data_pipeline.compat import repair_torchvision
 from data_pipeline.decode import Decoder
-from data_pipeline.description import Bucket, Shard
+from data_pipeline.description import HASH, Bucket, read_index
 from data_pipeline.errors import DataError
 from data_pipeline.prompts import PromptEncoder
 from data_pipeline.source import RawSample
 
 COMPRESSION = "zstd:7"
-HASH = "xxh64"
 
 
 def in_batches(samples: Iterable[RawSample], size: int) -> Iterator[list[RawSample]]:
@@ -61,7 +59,7 @@ def latent_deviation(
         advance(len(batch))
     variance = total_of_squares / count - (total / count) ** 2 if count else 0.0
     if not variance > 0:
-        raise DataError(f"{count} latent values have variance {variance}: the source has no images, or all alike.")
+        raise DataError(f"{count} latent values have variance {variance}: the source has no images.")
     return variance**0.5
 
 
@@ -94,16 +92,7 @@ class SplitWriter:
         for shape, writer in self._writers.items():
             writer.finish()
             name = _bucket_name(shape)
-            index = json.loads((self._folder / name / "index.json").read_text())
-            shards = tuple(
-                Shard(
-                    file=shard["zip_data"]["basename"],
-                    bytes=shard["zip_data"]["bytes"],
-                    xxh64=shard["zip_data"]["hashes"][HASH],
-                    samples=shard["samples"],
-                )
-                for shard in index["shards"]
-            )
+            shards = read_index(self._folder / name / "index.json")
             buckets.append(Bucket(name, sum(shard.samples for shard in shards), shape, shards))
         return tuple(sorted(buckets, key=lambda bucket: bucket.name))
 

@@ -49,4 +49,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main, sys.argv[1:], f"{__doc__}\nOptions and their defaults (piflow_dist/evaluation/evaluate.py explains them):\n{list_settings(EvaluateConfig)}")
+    defaults = f"Options and their defaults (piflow_dist/evaluation/evaluate.py explains them):\n{list_settings(EvaluateConfig)}"
+    run_tool(main, sys.argv[1:], f"{__doc__}\n{defaults}")

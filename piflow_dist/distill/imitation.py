@@ -1,7 +1,7 @@
 """Imitation of a teacher by a policy along its own trajectory (pi-ID), for one segment.
 
-B batch, C latent channels, H W latent size (a frame axis may stand before them), M intermediate states. tau is schedule time,
-sigma the noise level; both run from 1 (noise) down to 0. Source: pi-Flow (arXiv 2510.14974).
+B batch, C latent channels, H W latent size (a frame axis may stand before them), M intermediate states. tau is schedule
+time, sigma the noise level; both run from 1 (noise) down to 0. Source: pi-Flow (arXiv 2510.14974).
 """
 
 from collections.abc import Callable
@@ -32,9 +32,9 @@ class ImitationSettings:
     """Ask the teacher once for all M states where teacher_ratio is 0. Faster; needs the memory of a batch of M * B."""
 
     def __post_init__(self):
-        if self.num_intermediate_states < 1 or self.total_substeps < 1 or self.window_substeps < 0:
-            raise ValueError(f"num_intermediate_states={self.num_intermediate_states}, total_substeps={self.total_substeps}, "
-                             f"window_substeps={self.window_substeps}: the first two must be at least 1, the last at least 0.")
+        for name, least in (("num_intermediate_states", 1), ("window_substeps", 0), ("total_substeps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"distill.{name}={getattr(self, name)} must be at least {least}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +49,12 @@ class ImitationOutput:
     """(M, B, C, H, W): the teacher's velocities."""
     sigma_MB: Tensor
     """Noise levels of the states the teacher was asked at."""
-    _finish: Callable[[], Tensor] = field(repr=False)
+    finish: Callable[[], Tensor] = field(repr=False)
 
     @cached_property
     def x_end(self) -> Tensor:
-        """End of the segment: the detached policy followed on from the last state. Formed when asked for (data-free)."""
-        return self._finish()
+        """End of the segment: the detached policy followed on from the last state. Formed when first read."""
+        return self.finish()
 
 
 def imitation_segment(policy: Policy, teacher_velocity: Velocity, x_src_BCHW: Tensor, tau_src_B: Tensor,
@@ -64,24 +64,25 @@ def imitation_segment(policy: Policy, teacher_velocity: Velocity, x_src_BCHW: Te
                       rollout_policy: Policy | None = None) -> ImitationOutput:
     """The pi-ID loss on the segment of length segment_size (in tau) that starts at (x_src, tau_src).
 
-    policy: the student's, with gradients, made at (x_src, warp(tau_src)). rollout_policy: picks the states that are visited;
-    policy.detach() where None, or for example policy.detach().with_dropout(0.1, generator).
-    teacher_velocity(x_BCHW, sigma_B): the teacher, guidance included; called without gradients, M times in falling sigma, or
-    once on (M * B, ...), state after state, with settings.stack_teacher_states and teacher_ratio 0.
+    policy: the student's, with gradients, made at (x_src, warp(tau_src)).
+    rollout_policy: picks the states that are visited; policy.detach() where None, or with component dropout
+    policy.detach().with_dropout(0.1, generator).
+    teacher_velocity(x_BCHW, sigma_B): the teacher, guidance included; called without gradients, M times in falling
+    sigma; or once on (M * B, ...), state after state, with settings.stack_teacher_states and teacher_ratio 0.
     teacher_ratio: share r of the segment that is walked along the teacher's velocity instead of the policy's.
-    student_uniforms_BM: (B, M) in [0, 1], in any order; sorted and scaled to [0, (1-r)(L-w)], their differences are the
-    student intervals. teacher_uniforms_BM1: (B, M-1) in [0, 1], in any order; they cut [0, r(L-w)] into M teacher intervals.
-    Both are drawn from the generator (student first, teacher always too) where not given.
-    The window w is window_substeps of the segment's substeps, each L / max(1, round(L * total_substeps)), and at most L.
+    student_uniforms_BM: (B, M) in [0, 1], in any order; sorted and scaled to [0, (1-r)(L-w)], where their differences
+    are the student intervals. teacher_uniforms_BM1: (B, M-1) in [0, 1], in any order; they cut [0, r(L-w)] into the M
+    teacher intervals. Drawn from the generator where not given: the student's first, the teacher's at any ratio.
+    The window w is window_substeps times the segment's substep, L / max(1, round(L * total_substeps)); at most L.
     """
     if not 0 <= teacher_ratio <= 1:
         raise ValueError(f"teacher_ratio={teacher_ratio} is a share of the segment: it must be in [0, 1].")
     if rollout_policy is None:
         rollout_policy = policy.detach()
-    student_MB, teacher_MB, window_B, tau_dst_B = _intervals(
-        x_src_BCHW, tau_src_B, segment_size_B, settings, student_uniforms_BM, teacher_uniforms_BM1, teacher_ratio, generator)
+    size_B, window_B = _segment_and_window(x_src_BCHW, tau_src_B, segment_size_B, settings)
+    student_MB, teacher_MB = _intervals(x_src_BCHW, size_B - window_B, settings.num_intermediate_states, teacher_ratio,
+                                        student_uniforms_BM, teacher_uniforms_BM1, generator)
     stack = settings.stack_teacher_states and teacher_ratio == 0
-
     states, targets, sigmas, spans = [], [], [], []
     x_BCHW, tau_B = x_src_BCHW, tau_src_B
     with torch.no_grad():
@@ -95,46 +96,54 @@ def imitation_segment(policy: Policy, teacher_velocity: Velocity, x_src_BCHW: Te
             if not stack:
                 targets.append(teacher_velocity(x_BCHW, sigma_a_B).to(x_BCHW.dtype))
             if teacher_ratio > 0:
-                step_B = schedule.warp(tau_b_B) - schedule.warp(tau_a_B)
-                x_BCHW = x_BCHW + step_B.to(x_BCHW.dtype).reshape((-1,) + (1,) * (x_BCHW.dim() - 1)) * targets[-1]
+                step_B = (schedule.warp(tau_b_B) - schedule.warp(tau_a_B)).to(x_BCHW.dtype)
+                x_BCHW = x_BCHW + step_B.reshape((-1,) + (1,) * (x_BCHW.dim() - 1)) * targets[-1]
             tau_B = tau_b_B
         if stack:
-            u = teacher_velocity(torch.cat(states), torch.cat(sigmas)).to(x_BCHW.dtype)
-            targets = u.chunk(len(states))
-    predictions = windowed_velocities(policy, states, spans, schedule, settings.total_substeps)
+            targets = teacher_velocity(torch.cat(states), torch.cat(sigmas)).to(x_BCHW.dtype).chunk(len(states))
 
     @torch.no_grad()
     def finish() -> Tensor:
-        end_B = torch.minimum(tau_dst_B, tau_B)    # equal up to rounding where no window is left
-        return rollout(rollout_policy, x_BCHW, tau_B, end_B, schedule, settings.total_substeps)[0]
+        tau_dst_B = torch.minimum((tau_src_B - size_B).clamp(min=0), tau_B)    # rounding, where no window is left
+        return rollout(rollout_policy, x_BCHW, tau_B, tau_dst_B, schedule, settings.total_substeps)[0]
 
-    prediction, target = torch.stack(predictions), torch.stack(list(targets))
+    prediction = torch.stack(windowed_velocities(policy, states, spans, schedule, settings.total_substeps))
+    target = torch.stack(list(targets))
     square = (prediction - target).square()
-    per_sample_B = square.detach().transpose(0, 1).flatten(1).mean(1) * (settings.loss_scale / 2)
-    return ImitationOutput(loss=square.mean() * (settings.loss_scale / 2), loss_B=per_sample_B, prediction=prediction,
-                           target=target, sigma_MB=torch.stack(sigmas), _finish=finish)
+    loss_B = square.detach().transpose(0, 1).flatten(1).mean(1) * (settings.loss_scale / 2)
+    return ImitationOutput(loss=square.mean() * (settings.loss_scale / 2), loss_B=loss_B, prediction=prediction,
+                           target=target, sigma_MB=torch.stack(sigmas), finish=finish)
 
 
-def _intervals(x_BCHW, tau_src_B, segment_size_B, settings, student_uniforms_BM, teacher_uniforms_BM1, ratio, generator):
-    """(student intervals (M, B), teacher intervals (M, B), window (B,), end of the segment (B,)), all in tau."""
-    batch, M, device = len(x_BCHW), settings.num_intermediate_states, x_BCHW.device
-    size_B = torch.as_tensor(segment_size_B, dtype=tau_src_B.dtype, device=device).flatten().expand(batch)
+def _segment_and_window(x_BCHW: Tensor, tau_src_B: Tensor, segment_size_B: Tensor | float,
+                        settings: ImitationSettings) -> tuple[Tensor, Tensor]:
+    """Length of the segment and of the averaging window, (B,) each, in tau."""
+    if isinstance(segment_size_B, Tensor):
+        size_B = segment_size_B.to(x_BCHW.device, tau_src_B.dtype).flatten().expand(len(x_BCHW))
+    else:
+        size_B = torch.full_like(tau_src_B, segment_size_B)
     substep_B = size_B / torch.round(size_B * settings.total_substeps).clamp(min=1)
-    window_B = torch.minimum(settings.window_substeps * substep_B, size_B)
+    return size_B, torch.minimum(settings.window_substeps * substep_B, size_B)
+
+
+def _intervals(x_BCHW: Tensor, room_B: Tensor, M: int, ratio: float, student_uniforms_BM: Tensor | None,
+               teacher_uniforms_BM1: Tensor | None,
+               generator: torch.Generator | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Student and teacher intervals, M times (B,) each, in tau. room_B: length of the segment less the window."""
+    batch = len(x_BCHW)
 
     def uniforms(given: Tensor | None, count: int, name: str) -> Tensor:
         if given is None:
-            where = device if generator is None else generator.device
-            given = torch.rand((batch, count), generator=generator, device=where)
+            device = x_BCHW.device if generator is None else generator.device
+            given = torch.rand((batch, count), generator=generator, device=device)
         elif given.shape != (batch, count):
-            raise ValueError(f"{name} of shape {tuple(given.shape)}: expected ({batch}, {count}) for {batch} samples and "
-                             f"distill.num_intermediate_states={M}.")
-        return given.to(device, tau_src_B.dtype).sort(1)[0]
+            raise ValueError(f"{name} of shape {tuple(given.shape)}: expected ({batch}, {count}) for {batch} samples "
+                             f"and distill.num_intermediate_states={M}.")
+        return given.to(room_B.device, room_B.dtype).sort(1)[0]
 
     student_BM = uniforms(student_uniforms_BM, M, "student_uniforms_BM")
     teacher_BM1 = uniforms(teacher_uniforms_BM1, M - 1, "teacher_uniforms_BM1")
-    zero_B1, one_B1 = student_BM.new_zeros(batch, 1), student_BM.new_ones(batch, 1)
-    room_B1 = (size_B - window_B).unsqueeze(1)
+    zero_B1, one_B1, room_B1 = student_BM.new_zeros(batch, 1), student_BM.new_ones(batch, 1), room_B.unsqueeze(1)
     student_BM = (student_BM * ((1 - ratio) * room_B1)).diff(dim=1, prepend=zero_B1)
     teacher_BM = teacher_BM1.diff(dim=1, prepend=zero_B1, append=one_B1) * (ratio * room_B1)
-    return student_BM.unbind(1), teacher_BM.unbind(1), window_B, (tau_src_B - size_B).clamp(min=0)
+    return student_BM.unbind(1), teacher_BM.unbind(1)

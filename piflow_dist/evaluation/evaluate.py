@@ -258,10 +258,10 @@ def _images_per_second(samples: SampleFolder) -> float:
 
 
 def _evaluations_per_image(samples: SampleFolder) -> float:
-    evaluations = samples.meta["network_evaluations"] / samples.meta["images"]
+    evaluations = samples.meta["network_evaluations"]
     if evaluations < samples.steps:
         raise EvaluationError(
-            f"{samples.path}/meta.json: network_evaluations={samples.meta['network_evaluations']} over "
-            f"images={samples.meta['images']} is less than one a step ({samples.steps} steps). It counts all images."
+            f"{samples.path}/meta.json: network_evaluations={evaluations} an image is less than one a step "
+            f"({samples.steps} steps). Sample it again."
         )
-    return evaluations
+    return float(evaluations)

@@ -40,7 +40,8 @@ def title_of(settings: DictConfig) -> str:
     objective = OmegaConf.select(settings, "objective")
     sources = {"imitation": "distilled on data", "imitation_datafree": "distilled without data"}
     nfe = OmegaConf.select(settings, "distill.nfe")
-    return f"{kinds.get(policy, f'policy {policy}')}, {nfe} NFE, {sources.get(objective, f'objective {objective}')}"
+    policy_text, source_text = kinds.get(policy, f"policy {policy}"), sources.get(objective, f"objective {objective}")
+    return f"Student: {policy_text}, {nfe} NFE, {source_text}"
 
 
 def chosen_settings(settings: DictConfig) -> dict[str, str]:

@@ -201,6 +201,7 @@ def train_feature_net(
             step += 1
             if progress is not None:
                 progress(step, steps)
+    net = net.to(memory_format=torch.contiguous_format)  # as it comes from the cache: the same last digits
     _standardise(net, train.images_BCHW)
     return net
 

@@ -46,13 +46,18 @@ def grid(rows: Sequence[GridRow], headings: Sequence[str]) -> bytes:
     return _png(canvas)
 
 
-def choose_columns(prompts: Sequence[str], count: int) -> list[int]:
-    """Indices of each prompt's first sample, then of each second one, ... in the samples' order: nothing is picked."""
-    seen: Counter[str] = Counter()
+def choose_columns(prompts: Sequence[str], prompt_order: Sequence[str], count: int) -> list[int]:
+    """Indices of each prompt's first sample, then of each second one, ...: nothing is picked.
+
+    prompt_order: prompts come in the order in which they first appear here, others after them.
+    """
     order: dict[str, int] = {}
+    for prompt in (*prompt_order, *prompts):
+        order.setdefault(prompt, len(order))
+    seen: Counter[str] = Counter()
     keys = []
     for index, prompt in enumerate(prompts):
-        keys.append((seen[prompt], order.setdefault(prompt, len(order)), index))
+        keys.append((seen[prompt], order[prompt], index))
         seen[prompt] += 1
     return [index for _, _, index in sorted(keys)[:count]]
 

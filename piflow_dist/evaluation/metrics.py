@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.compat import repair_torchvision
 
+NBSP = "\N{NO-BREAK SPACE}"
 PSNR_CAP_DB = 58.92
 """10 log10(12 * 255^2): PSNR of the rounding to 8 bits. Equal images count as this, not as infinite."""
 
@@ -38,7 +39,7 @@ class Metric:
         """The number as shown in tables; an em dash where there is none."""
         if value is None:
             return "—"
-        return f"{100 * value:.1f} %" if self.unit == "%" else f"{value:.{self.digits}f}"
+        return f"{100 * value:.1f}{NBSP}%" if self.unit == "%" else f"{value:.{self.digits}f}"
 
 
 METRICS = (
@@ -65,7 +66,7 @@ METRICS = (
         better="lower",
         digits=2,
         definition="Frechet distance between Gaussians fitted to the features of these images and of the reference's: "
-        "|m - m'|^2 + tr(S + S' - 2 (S S')^1/2). Features: 64 activations of a small network trained to classify the "
+        "|m-m'|^2 + tr(S + S' - 2 (S S')^1/2). Features: 64 activations of a small network trained to classify the "
         "real training images, each scaled to mean 0 and variance 1 over them. Both sets come from the same noises, so "
         "equal models would be at 0.",
     ),
@@ -120,7 +121,8 @@ METRICS = (
         title="Images / s",
         better="higher",
         digits=1,
-        definition="Images divided by the seconds that sampling took, on the machine that sampled.",
+        definition="Images divided by the seconds spent in the sampler, decoding not counted, on the machine that "
+        "sampled.",
     ),
 )
 

@@ -195,7 +195,7 @@ def draw(
     others = {name: folder for name, folder in folders.items() if folder is not reference}
     psnr = {name: metrics.psnr_per_image(folder.images_BCHW, reference.images_BCHW) for name, folder in others.items()}
     names = figures.short_names(reference.prompts)
-    chosen = figures.choose_columns(reference.prompts, COLUMNS)
+    chosen = figures.choose_columns(reference.prompts, judge.test_prompts, COLUMNS)
     rows = [figures.GridRow(label=folder.title, images=folder.images_BCHW[chosen]) for folder in folders.values()]
     wanted = [reference.prompts[index] for index in chosen]
     real = [judge.test_images_BCHW[index] for index in real_for(wanted, judge.test_prompts)]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from piflow_dist.evaluation.evaluate import Evaluation
-from piflow_dist.evaluation.metrics import METRICS
+from piflow_dist.evaluation.metrics import METRICS, NBSP
 
 TITLES = {metric.key: metric for metric in METRICS}
 LEVEL = {"psnr_db": 0.5, "frechet_reference": 0.10, "diversity": 0.02, "prompt_accuracy": 0.01}
@@ -128,8 +128,8 @@ def _against_reference(student: Evaluation, reference: Evaluation) -> list[str]:
     mine, theirs = (row.values["prompt_accuracy"] for row in (student, reference))
     if mine is not None and theirs is not None:
         sentences.append(
-            f"Of the student's images, {100 * mine:.1f} % are classified as their prompt; of the {reference.phrase}'s, "
-            f"{100 * theirs:.1f} %."
+            f"Of the student's images, {TITLES['prompt_accuracy'].text(mine)} are classified as their prompt; of the "
+            f"{reference.phrase}'s, {TITLES['prompt_accuracy'].text(theirs)}."
         )
     mine, theirs = (row.values["images_per_second"] for row in (student, reference))
     if mine and theirs:
@@ -155,8 +155,8 @@ def _target(what: str, key: str, values: list[float | None], test: Callable[...,
 
 
 def _against(key: str, *values: float) -> str:
-    """'32.1 against 26.9 dB'"""
-    unit = {"psnr_db": " dB", "prompt_accuracy": " %"}.get(key, "")
+    """'32.1 against 26.9 dB'; the unit is said once."""
+    unit = {"psnr_db": f"{NBSP}dB", "prompt_accuracy": f"{NBSP}%"}.get(key, "")
     return " against ".join(TITLES[key].text(value).removesuffix(unit) for value in values) + unit
 
 

@@ -19,10 +19,10 @@ def guided_velocity(u_cond: Tensor, u_uncond: Tensor | None, scale: float | Tens
                     interval: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """u = u_c + (g - 1) (u_c - u_n), as float32 (float64 where the velocities are).
 
-    u_cond, u_uncond, x: (B, C, ...). scale: g, a float or (B,); at 1 and below, no guidance. sigma: noise level, a float
-    or (B,). orthogonal: the share (0 to 1) of the guidance along the conditional x_0 = x - sigma u_c that is removed, per
-    sample; needs x and sigma. interval: noise levels (both ends included) outside of which the scale is 1; needs sigma.
-    u_uncond may be None where needs_uncond(scale) is False.
+    u_cond, u_uncond, x: (B, C, ...). scale: g, a float or (B,); at 1 and below, no guidance. sigma: noise level, a
+    float or (B,). orthogonal: the share (0 to 1) of the guidance along the conditional x_0 = x - sigma u_c that is
+    removed, per sample; needs x and sigma. interval: noise levels (both ends included) outside of which the scale is 1;
+    needs sigma. u_uncond may be None where needs_uncond(scale) is False.
     """
     dtype = torch.promote_types(u_cond.dtype, torch.float32)
     u_cond = u_cond.to(dtype)
@@ -34,7 +34,9 @@ def guided_velocity(u_cond: Tensor, u_uncond: Tensor | None, scale: float | Tens
     per_sample = (-1,) + (1,) * (u_cond.dim() - 1)
 
     def as_factor(value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=dtype, device=u_cond.device).reshape(per_sample)
+        if not isinstance(value, Tensor):
+            return u_cond.new_full((1,) * u_cond.dim(), value)
+        return value.to(u_cond.device, dtype).reshape(per_sample)
 
     extra = as_factor(scale).clamp(min=1) - 1
     if tuple(interval) != (0.0, 1.0):
@@ -48,6 +50,6 @@ def guided_velocity(u_cond: Tensor, u_uncond: Tensor | None, scale: float | Tens
             raise ValueError(f"orthogonal={orthogonal} guidance needs the state: pass x and sigma, or orthogonal=0.")
         x_0 = x.to(dtype) - as_factor(sigma) * u_cond
         dims = tuple(range(1, u_cond.dim()))
-        along = (guidance * x_0).mean(dims, keepdim=True) / x_0.square().mean(dims, keepdim=True).clamp(MIN_MEAN_SQUARE)
-        guidance = guidance - orthogonal * along * x_0
+        mean_square = x_0.square().mean(dims, keepdim=True).clamp(min=MIN_MEAN_SQUARE)
+        guidance = guidance - orthogonal * (guidance * x_0).mean(dims, keepdim=True) / mean_square * x_0
     return u_cond + guidance

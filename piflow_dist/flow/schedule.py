@@ -30,8 +30,8 @@ class FlowSchedule:
                 max_tokens: int = 4096, max_log_shift: float = 1.15) -> "FlowSchedule":
         """The schedule of models whose log shift is linear in the number of image tokens (FLUX, Qwen-Image's own)."""
         if num_image_tokens < 1 or max_tokens <= base_tokens:
-            raise ValueError(f"num_image_tokens={num_image_tokens}, base_tokens={base_tokens}, max_tokens={max_tokens}: "
-                             f"need at least one token and max_tokens > base_tokens. Check the latent size.")
+            raise ValueError(f"{num_image_tokens} image tokens, base_tokens={base_tokens}, max_tokens={max_tokens}: "
+                             f"there must be at least one token and max_tokens > base_tokens. Check the latent size.")
         slope = (max_log_shift - base_log_shift) / (max_tokens - base_tokens)
         return cls(shift=math.exp(base_log_shift + slope * (num_image_tokens - base_tokens)))
 

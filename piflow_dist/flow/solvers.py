@@ -33,14 +33,14 @@ def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], x_BCHW: Tensor, s
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: sampling needs at least one step. Set steps to 1 or more.")
-    x = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32))
+    x_BCHW = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32))
     sigmas = [schedule.warp(1 - i / steps) for i in range(steps + 1)]
     for i in range(steps):
-        u = velocity(x, x.new_full((len(x),), sigmas[i]))
-        x = x + (sigmas[i + 1] - sigmas[i]) * u.to(x.dtype)
+        u_BCHW = velocity(x_BCHW, x_BCHW.new_full((len(x_BCHW),), sigmas[i]))
+        x_BCHW = x_BCHW + (sigmas[i + 1] - sigmas[i]) * u_BCHW.to(x_BCHW.dtype)
         if progress is not None:
             progress(i + 1, steps)
-    return x
+    return x_BCHW
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def policy_sample(predict_policy: Callable[[Tensor, Tensor, Tensor], SampledPoli
     """Sample x_0 from noise with nfe network evaluations, each followed by a policy rollout.
 
     predict_policy(x_BCHW, sigma_B, tau_B) -> policy: the network.
-    temperature: of a GM policy, at every step but the last; "auto" is 0.1 (nfe - 1), at most 1. DX policies take 1 only.
+    temperature: of a GM policy, at every step but the last; "auto" is 0.1 (nfe - 1), at most 1. DX takes 1 only.
     h: noise of the flow-map SDE; 0 is the ODE, inf draws all noise afresh at each step.
     generators: one per sample, so that an image does not depend on its batch; None draws from torch's own generator.
     Raises ValueError for nfe below trained_nfe: segments would be longer than any the student has seen.
@@ -62,33 +62,36 @@ def policy_sample(predict_policy: Callable[[Tensor, Tensor, Tensor], SampledPoli
     if generators is not None and len(generators) != len(x_BCHW):
         raise ValueError(f"{len(generators)} generators for {len(x_BCHW)} samples: pass one per sample, or None.")
     if not h >= 0:
-        raise ValueError(f"h={h}: the noise of the flow-map SDE must be 0 (none) or more.")
-    kappa = _temperature(temperature, nfe)
-    x = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32))
+        raise ValueError(f"h={h}: the noise of the flow-map SDE is 0 (none) or more. Set h to 0 for the ODE.")
+    temperature = _temperature(temperature, nfe)
+    x_BCHW = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32))
+
+    def times(value: float) -> Tensor:
+        return x_BCHW.new_full((len(x_BCHW),), value)
+
     taus = schedule.segments(nfe, final_step_size_scale).tolist()
     for i in range(nfe):
         sigma_src, sigma_to = schedule.warp(taus[i]), schedule.warp(taus[i + 1])
-        m, sigma_dst = flow_map_step(sigma_src, sigma_to, h)
-        tau_src_B = x.new_full((len(x),), taus[i])
-        policy = predict_policy(x, x.new_full((len(x),), sigma_src), tau_src_B)
+        kept, sigma_dst = flow_map_step(sigma_src, sigma_to, h)
+        policy = predict_policy(x_BCHW, times(sigma_src), times(taus[i]))
         if i < nfe - 1:
-            policy = policy.with_temperature(kappa)
-        tau_dst_B = x.new_full((len(x),), schedule.unwarp(sigma_dst))
-        x, _ = policy.rollout(x, tau_src_B, tau_dst_B, schedule, total_substeps)
-        if m < 1 and sigma_to > 0:
-            noise = _noise_like(x, generators)
-            x = (1 - sigma_to + sigma_to * m) * x + sigma_to * math.sqrt(1 - m * m) * noise
-    return x
+            policy = policy.with_temperature(temperature)
+        x_BCHW, _ = policy.rollout(x_BCHW, times(taus[i]), times(schedule.unwarp(sigma_dst)), schedule, total_substeps)
+        if kept < 1 and sigma_to > 0:
+            noise_BCHW = _noise_like(x_BCHW, generators)
+            x_BCHW = (1 - sigma_to + sigma_to * kept) * x_BCHW + sigma_to * math.sqrt(1 - kept * kept) * noise_BCHW
+    return x_BCHW
 
 
 def flow_map_step(sigma_src: float, sigma_to: float, h: float) -> tuple[float, float]:
-    """m, the share of the old noise that is kept, and sigma_dst, the level to roll out to before adding new noise.
+    """m, the share of the old noise that is kept, and sigma_dst, the level to roll out to before new noise is added.
 
-    m = (sigma_to (1 - sigma_src) / (sigma_src (1 - sigma_to)))^(h^2); sigma_dst = sigma_to m / (1 - sigma_to + sigma_to m).
+    m = (sigma_to (1 - sigma_src) / (sigma_src (1 - sigma_to)))^(h^2), 1 for h = 0 and 0 for h = inf;
+    sigma_dst = sigma_to m / (1 - sigma_to + sigma_to m).
     """
     if h == 0:
         return 1.0, sigma_to
-    ratio = sigma_to * (1 - sigma_src) / (sigma_src * (1 - sigma_to))
+    ratio = sigma_to * max(1 - sigma_src, 0.0) / (sigma_src * (1 - sigma_to))    # warp(1) may round to above 1
     m = 0.0 if math.isinf(h) else ratio ** (h * h)
     return m, sigma_to * m / (1 - sigma_to + sigma_to * m)
 
@@ -97,12 +100,13 @@ def _temperature(temperature: float | str, nfe: int) -> float:
     if temperature == "auto":
         return min(max(0.1 * (nfe - 1), 0.0), 1.0)
     if isinstance(temperature, str):
-        raise ValueError(f"temperature={temperature!r} is neither a number nor \"auto\".")
+        raise ValueError(f'temperature={temperature!r} is neither a number nor "auto". 1 is the policy as it is.')
     return temperature
 
 
-def _noise_like(x: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+def _noise_like(x_BCHW: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
     if generators is None:
-        return torch.randn_like(x)
-    draws = [torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype).to(x.device) for g in generators]
-    return torch.stack(draws)
+        return torch.randn_like(x_BCHW)
+    shape, dtype = x_BCHW.shape[1:], x_BCHW.dtype
+    return torch.stack([torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).to(x_BCHW.device)
+                        for generator in generators])

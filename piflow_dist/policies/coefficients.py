@@ -6,7 +6,9 @@ With the policy's centred form (policies/gmflow.py), y = x - x_s - (t - s) mu_re
     y' = a y + b eps_ref + g sum_k w_k eta_k,      so      y_n = A_n y_0 + B_n eps_ref + sum_k c_k eta_k
 
 with A, B one number per sample and c (B, K, P). The weights need eta_k . y alone, that is the Gram matrix of the eta_k
-and their products with eps_ref and y_0, formed once. Source of the policy: GMFlow (arXiv 2504.05304).
+and their products with eps_ref and y_0, formed once. With many components of few channels (K > 2C) the Gram matrix is
+the larger thing, and sum_k c_k eta_k is followed itself (channel_displacement). Everything is elementwise or a sum,
+never a matrix product, so that autocast and TF32 leave it alone. Source of the policy: GMFlow (arXiv 2504.05304).
 """
 
 from collections.abc import Iterator
@@ -16,11 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_ELEMENTS = 1 << 18    # CPU: numbers of eta in a block of pixels, so that a block and its result stay in a core's cache
+BLOCK_ELEMENTS = 1 << 18    # CPU: numbers of eta in a block of pixels; it and its result stay in a core's cache
 
 
 class SubstepTable(NamedTuple):
-    """Factors of each substep (N, B) for logits = log A - (h_e e + h_p p + h_q (gram c) + h_d diag gram), c' = a c + g w."""
+    """Factors of each substep, (N, B) each.
+
+    logits = log A - (h_e e + h_p p + h_q (gram c) + h_d diag gram), with e = eta . eps_ref and p = eta . y_0;
+    then c' = a c + g softmax(logits).
+    """
 
     h_e: Tensor
     h_p: Tensor
@@ -30,23 +36,24 @@ class SubstepTable(NamedTuple):
     g: Tensor
 
 
-def substep_table(s_B: Tensor, rho_B: Tensor, sigma_NB: Tensor, step_NB: Tensor) -> tuple[SubstepTable, Tensor, Tensor]:
-    """The factors of every substep, and the final A and B, in float64. Differentiable in rho_B."""
-    t, s, rho = sigma_NB, s_B, rho_B
+def substep_table(s_B: Tensor, rho_B: Tensor, t_NB: Tensor, step_NB: Tensor) -> tuple[SubstepTable, Tensor, Tensor]:
+    """The factors of every substep, and the final A and B, in float64. Differentiable in rho_B = exp(2 logstd)."""
+    s, rho, t = s_B, rho_B, t_NB
     z = (s - t) * (s + t - 2 * s * t)
     inv_D = 1 / (t * t + rho * z)
     a = 1 + step_NB * (t - rho * (s * s * (1 - t) + t * (1 - s) ** 2)) * inv_D
     b = -step_NB * rho * s * (s - t) * inv_D
-    A_n, B_n = torch.ones_like(s), torch.zeros_like(s)
-    starts_A, starts_B = [], []
-    for a_n, b_n in zip(a.unbind(0), b.unbind(0), strict=True):
-        starts_A.append(A_n)
-        starts_B.append(B_n)
-        A_n, B_n = a_n * A_n, torch.addcmul(b_n, a_n, B_n)
+    last_A, last_B = torch.ones_like(s), torch.zeros_like(s)
+    before_A, before_B = [last_A], [last_B]
+    for a_B, b_B in zip(a.unbind(0), b.unbind(0), strict=True):
+        last_A, last_B = a_B * last_A, torch.addcmul(b_B, a_B, last_B)
+        before_A.append(last_A)
+        before_B.append(last_B)
     pull = s * (1 - t) * inv_D
-    table = SubstepTable(h_e=t * (s - t) * inv_D + pull * torch.stack(starts_B), h_p=pull * torch.stack(starts_A), h_q=pull,
-                         h_d=z * inv_D / 2, a=a, g=step_NB * t * s * inv_D)
-    return table, A_n, B_n
+    h_e = t * (s - t) * inv_D + pull * torch.stack(before_B)[:-1]
+    table = SubstepTable(h_e=h_e, h_p=pull * torch.stack(before_A)[:-1], h_q=pull, h_d=z * inv_D / 2, a=a,
+                         g=step_NB * t * s * inv_D)
+    return table, last_A, last_B
 
 
 def products(eta_BKCP: Tensor, v_BCP: Tensor) -> Tensor:
@@ -75,7 +82,7 @@ def gram_matrix(eta_BKCP: Tensor) -> Tensor:
 
 
 class Walk(NamedTuple):
-    """The substeps of one rollout that the host knows: see SubstepGrid."""
+    """What the host knows of one rollout: see policies.rollout.SubstepGrid."""
 
     order_B: Tensor | None
     active: list[int]
@@ -92,15 +99,16 @@ class Walk(NamedTuple):
 class MixtureDisplacement(torch.autograd.Function):
     """sum_k c_k eta_k (B, C, P) after all substeps, for each of several rollouts of one policy.
 
-    apply(eta_BKCP, logweights_BKP, eps_ref_BCP, gram_BKKP, e_BKP, walks, record, *factors, *y): factors (6, N, B) and y_BCP
-    (or None for zero) of each walk; record: whether a backward may follow. gram and e = eta . eps_ref are values that a policy
-    keeps; their gradients are formed here, once for all walks, so that no graph is kept between calls. Differentiable once,
-    in all but gram and e.
+    apply(eta_BKCP, logweights_BKP, eps_ref_BCP, gram_BKKP, e_BKP, walks, record, *factors, *y): factors (6, N, B) and
+    y_BCP (or None for zero) of each walk; record: whether gradients are enabled. gram and e = eta . eps_ref are values
+    that a policy keeps; their gradients are formed here, once for all walks, so that no graph is kept between calls.
+    Differentiable once, in all but gram and e.
     """
 
     @staticmethod
     def forward(ctx, eta_BKCP, logweights_BKP, eps_ref_BCP, gram_BKKP, e_BKP, walks, record, *factors_and_y):
         factors, starts_y = factors_and_y[:len(walks)], factors_and_y[len(walks):]
+        record = record and any(ctx.needs_input_grad)
         outputs, saved = [], []
         for walk, factors_6NB, y_BCP in zip(walks, factors, starts_y, strict=True):
             p_BKP = None if y_BCP is None else products(eta_BKCP, y_BCP)
@@ -119,17 +127,18 @@ class MixtureDisplacement(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads_BCP):
         eta_BKCP, eps_ref_BCP, gram_BKKP, e_BKP, *saved = ctx.saved_tensors
-        want_factors = any(ctx.needs_input_grad[7:7 + len(ctx.walks)])
+        wants = ctx.needs_input_grad
+        wants_factors, wants_y = wants[7:7 + len(ctx.walks)], wants[7 + len(ctx.walks):]
         total = _Terms(torch.zeros_like(e_BKP), torch.zeros_like(gram_BKKP), torch.zeros_like(e_BKP), None)
         outer, dfactors, dys = [], [], []
-        for walk, grad_BCP in zip(ctx.walks, grads_BCP, strict=True):
+        for i, (walk, grad_BCP) in enumerate(zip(ctx.walks, grads_BCP, strict=True)):
             y_BCP, c_BKP, p_BKP, factors_6NB, *saved = saved
-            substeps = len(walk.active)
-            weights, starts, saved = saved[:substeps], saved[substeps:2 * substeps], saved[2 * substeps:]
+            n = len(walk.active)
+            weights, starts, saved = saved[:n], saved[n:2 * n], saved[2 * n:]
             terms = _Terms(None, *(walk.sort(value) for value in (gram_BKKP, e_BKP, p_BKP)))
             part = _Terms(*(value if walk.order_B is None else torch.zeros_like(value) for value in total[:3]),
                           None if p_BKP is None else torch.zeros_like(p_BKP))
-            dfactors_6NB = torch.zeros_like(factors_6NB) if want_factors else None
+            dfactors_6NB = torch.zeros_like(factors_6NB) if wants_factors[i] else None
             dc_BKP = walk.sort(products(eta_BKCP, grad_BCP))
             _reverse_substeps(part, dfactors_6NB, dc_BKP, terms, factors_6NB, walk.active, weights, starts)
             if walk.order_B is not None:
@@ -138,10 +147,30 @@ class MixtureDisplacement(torch.autograd.Function):
             dp_BKP = walk.unsort(part.p)
             outer += [(c_BKP, grad_BCP), (dp_BKP, y_BCP)]
             dfactors.append(walk.unsort(dfactors_6NB, axis=2))
-            dys.append(None if y_BCP is None or not y_BCP.requires_grad else combination(dp_BKP, eta_BKCP))
-        deta = _eta_gradient(eta_BKCP, total.gram, [*outer, (total.e, eps_ref_BCP)]) if ctx.needs_input_grad[0] else None
-        deps = combination(total.e, eta_BKCP) if ctx.needs_input_grad[2] else None
+            dys.append(combination(dp_BKP, eta_BKCP) if wants_y[i] else None)
+        deta = _eta_gradient(eta_BKCP, total.gram, [*outer, (total.e, eps_ref_BCP)]) if wants[0] else None
+        deps = combination(total.e, eta_BKCP) if wants[2] else None
         return deta, total.logweights, deps, None, None, None, None, *dfactors, *dys
+
+
+def channel_displacement(eta_BKCP: Tensor, logweights_BKP: Tensor, eps_ref_BCP: Tensor, factors_6NB: Tensor,
+                         y_BCP: Tensor | None, walk: Walk) -> Tensor:
+    """As MixtureDisplacement for one rollout, following v = sum_k c_k eta_k in the channels; plain autograd."""
+    eta, logweights, eps_ref, y = (walk.sort(value) for value in (eta_BKCP, logweights_BKP, eps_ref_BCP, y_BCP))
+    factors_6NB = walk.sort(factors_6NB, axis=2)
+    square_BKP = eta.square().sum(2)
+    v, finished = torch.zeros_like(eps_ref), []
+    for n, m in enumerate(walk.active):
+        if m < len(v):
+            finished.append(v[m:])
+            v = v[:m]
+        h_e, h_p, h_q, h_d, a, g = factors_6NB[:, n, :m, None, None].unbind(0)
+        pull = h_e * eps_ref[:m] + h_q * v
+        if y is not None:
+            pull = pull + h_p * y[:m]
+        logits = logweights[:m] - h_d * square_BKP[:m] - (eta[:m] * pull.unsqueeze(1)).sum(2)
+        v = a * v + g * (eta[:m] * logits.softmax(1).unsqueeze(2)).sum(1)
+    return walk.unsort(torch.cat([v, *reversed(finished)]))
 
 
 class _Terms(NamedTuple):
@@ -160,8 +189,12 @@ class _Terms(NamedTuple):
         return self if m == len(self.e) else _Terms(*(None if value is None else value[:m] for value in self))
 
 
-def _run_substeps(terms: _Terms, factors_6NB: Tensor, active: list[int], record: bool):
-    """The substeps in place, samples by falling substep count. Returns c (B, K, P) and, to record, every w and starting c."""
+def _run_substeps(terms: _Terms, factors_6NB: Tensor, active: list[int],
+                  record: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The substeps in place, samples by falling substep count.
+
+    Returns the last c (B, K, P) and, to record, the weights of every substep and the c it starts from.
+    """
     c = torch.zeros_like(terms.e)
     weights, starts = [], []
     scales = factors_6NB[..., None, None].unbind(1)
@@ -193,35 +226,35 @@ def _reverse_substeps(grads: _Terms, dfactors_6NB: Tensor | None, dc: Tensor, te
         m, w, c_m, dc_m = active[n], weights[n], starts[n], dc[:active[n]]
         now, out = terms.first(m), grads.first(m)
         h_e, h_p, h_q, h_d, a, g = scales[n][:, :m].unbind(0)
-        inner = w * dc_m
+        dw = w * dc_m
         if dfactors_6NB is not None:
-            dfactors_6NB[5, n, :m] = inner.sum((1, 2))
+            dfactors_6NB[5, n, :m] = dw.sum((1, 2))
             dfactors_6NB[4, n, :m] = _dot(dc_m, c_m)
-        dlogits = torch.addcmul(inner, w, inner.sum(1, keepdim=True), value=-1).mul_(g)
+        dlogits = torch.addcmul(dw, w, dw.sum(1, keepdim=True), value=-1).mul_(g)
         dc_m.mul_(a)
         out.logweights.add_(dlogits)
         out.e.addcmul_(dlogits, h_e, value=-1)
         out.diagonal.addcmul_(dlogits, h_d, value=-1)
         if now.p is not None:
             out.p.addcmul_(dlogits, h_p, value=-1)
-        pulled = None
+        pulled = torch.zeros_like(c_m)    # gram dlogits
         if n > 0:
-            pulled, scaled_c = torch.zeros_like(c_m), c_m * h_q
-            for row, drow, d_k in zip(now.gram.unbind(1), out.gram.unbind(1), dlogits.unsqueeze(2).unbind(1), strict=True):
-                pulled.addcmul_(row, d_k)
-                drow.addcmul_(scaled_c, d_k, value=-1)
+            scaled_c = c_m * h_q
+            rows, drows = now.gram.unbind(1), out.gram.unbind(1)
+            for row, drow, dlogit_k in zip(rows, drows, dlogits.unsqueeze(2).unbind(1), strict=True):
+                pulled.addcmul_(row, dlogit_k)
+                drow.addcmul_(scaled_c, dlogit_k, value=-1)
             dc_m.addcmul_(pulled, h_q, value=-1)
         if dfactors_6NB is not None:
             dfactors_6NB[0, n, :m] = -_dot(dlogits, now.e)
+            dfactors_6NB[2, n, :m] = -_dot(pulled, c_m)
             dfactors_6NB[3, n, :m] = -_dot(dlogits, now.diagonal)
             if now.p is not None:
                 dfactors_6NB[1, n, :m] = -_dot(dlogits, now.p)
-            if pulled is not None:
-                dfactors_6NB[2, n, :m] = -_dot(pulled, c_m)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum((1, 2))
+def _dot(a_BKP: Tensor, b_BKP: Tensor) -> Tensor:
+    return (a_BKP * b_BKP).sum((1, 2))
 
 
 def _eta_gradient(eta_BKCP: Tensor, dgram_BKKP: Tensor, outer: list[tuple[Tensor | None, Tensor | None]]) -> Tensor:
@@ -234,7 +267,7 @@ def _eta_gradient(eta_BKCP: Tensor, dgram_BKKP: Tensor, outer: list[tuple[Tensor
         for j in range(1, eta.shape[1]):
             out.addcmul_(both[:, :, j, None], eta[:, j, None])
         for c_BKP, v_BCP in outer:
-            if c_BKP is not None:
+            if c_BKP is not None and v_BCP is not None:
                 out.addcmul_(c_BKP[:, :, None, px], v_BCP[:, None, :, px])
     return deta_BKCP
 

@@ -1,13 +1,13 @@
 """The DX policy: the clean latent as a function of time, given at N nodes, or as a polynomial.
 
-B batch, N nodes, C channels, H W latent size (a frame axis may stand before them), P all pixels of a sample, S substeps.
-tau is schedule time, sigma the noise level, 1 is noise. Source: pi-Flow (arXiv 2510.14974).
+B batch, N nodes, C channels, H W latent size (a frame axis may stand before them), P all pixels of a sample, S
+substeps. tau is schedule time, sigma the noise level, 1 is noise. Source: pi-Flow (arXiv 2510.14974).
 
-The network outputs (B, N, C, H, W) in u-space; c_i = x_s - s out_i. The velocity is u = (x - x_0(tau)) / max(sigma, 1e-4), with
+The network outputs (B, N, C, H, W) in u-space; c_i = x_s - s out_i, and u = (x - x_0(tau)) / max(sigma, 1e-4), with
 grid: x_0(tau) linear between nodes; node i at tau_dst + i/(N-1) (tau_src - tau_dst); constant beyond both ends.
 polynomial: x_0(tau) = sum_i c_i (tau_src - tau)^i. As published, every c_i holds x_s.
-Both are sum_i h_i(tau) c_i, with numbers h that depend on time alone; so a whole rollout is a combination of x, x_s and the
-outputs with one number each per sample, and costs as much as one substep.
+Both are sum_i h_i(tau) c_i, with numbers h that depend on time alone; so a whole rollout is a combination of x, x_s and
+the outputs with one number each per sample, and costs as much as one substep.
 """
 
 from typing import Literal, get_args
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from piflow_dist.flow.schedule import FlowSchedule
-from piflow_dist.policies.gmflow import per_sample
-from piflow_dist.policies.rollout import SubstepGrid, rollout
+from piflow_dist.policies.rollout import SubstepGrid, per_sample, rollout
 
 MIN_SIGMA = 1e-4      # as published: u is 0/0 at sigma = 0
 Mode = Literal["grid", "polynomial"]
@@ -26,13 +25,14 @@ Mode = Literal["grid", "polynomial"]
 class DXPolicy:
     """A velocity field for every (x, sigma <= sigma_src), from one network output.
 
-    out_BNCHW: u-space values, (B, N, C, H, W) or (B, N, C, F, H, W). x_src_BCHW, sigma_src_B: what the network saw; sigma_src
-    (B,) or a float. segment_size (in tau) and shift place the nodes; they belong to the trained policy and stay fixed when it
-    is sampled with another number of steps. Computes in float32, or in float64 where out or x_src are.
+    out_BNCHW: u-space values, (B, N, C, H, W) or (B, N, C, F, H, W). x_src_BCHW, sigma_src_B: what the network saw;
+    sigma_src (B,) or a float. segment_size (in tau) and shift place the nodes; they belong to the trained policy and
+    stay fixed when it is sampled with another number of steps.
+    Computes in float32, or in float64 where out or x_src are. Raises ValueError for shapes that do not fit.
     """
 
-    def __init__(self, out_BNCHW: Tensor, x_src_BCHW: Tensor, sigma_src_B: Tensor | float, segment_size: float = 1 / 3.5,
-                 shift: float = 3.2, mode: Mode = "grid"):
+    def __init__(self, out_BNCHW: Tensor, x_src_BCHW: Tensor, sigma_src_B: Tensor | float,
+                 segment_size: float = 1 / 3.5, shift: float = 3.2, mode: Mode = "grid"):
         shape = tuple(x_src_BCHW.shape)
         if x_src_BCHW.dim() not in (4, 5) or (*out_BNCHW.shape[:1], *out_BNCHW.shape[2:]) != shape:
             raise ValueError(f"out of shape {tuple(out_BNCHW.shape)} does not fit x_src of shape {shape}: expected "
@@ -40,17 +40,18 @@ class DXPolicy:
         if mode not in get_args(Mode):
             raise ValueError(f"policy.mode={mode!r} is not known. Set it to one of {get_args(Mode)}.")
         if not segment_size > 0:
-            raise ValueError(f"segment_size={segment_size} leaves no time for the policy. Set it to 1/(nfe - 1 + final step).")
+            raise ValueError(f"segment_size={segment_size} leaves the policy no time. Set policy.segment_size to "
+                             f"1/(nfe - 1 + final_step_size_scale), 1/3.5 for the published 4 steps.")
         self.dtype = torch.promote_types(torch.promote_types(out_BNCHW.dtype, x_src_BCHW.dtype), torch.float32)
         self.x_src = x_src_BCHW
-        self.sigma_src_B = per_sample(sigma_src_B, x_src_BCHW)
+        self.sigma_src_B = per_sample(sigma_src_B, x_src_BCHW).double()
         self.segment_size, self.schedule, self.mode = segment_size, FlowSchedule(shift), mode
         self._out_BNCP = out_BNCHW.to(self.dtype).flatten(3)
         self._x_src_BCP = x_src_BCHW.to(self.dtype).flatten(2)
 
     def velocity(self, x_BCHW: Tensor, sigma_B: Tensor | float) -> Tensor:
         """u = dx/dsigma at (x, sigma), shaped as x. sigma_B: (B,) or a float, in [0, sigma_src]. Differentiable."""
-        sigma_B = per_sample(sigma_B, x_BCHW)
+        sigma_B = per_sample(sigma_B, x_BCHW).double()
         scale_B = 1 / sigma_B.clamp(min=MIN_SIGMA)
         return self._combine(x_BCHW, scale_B, -scale_B.unsqueeze(1) * self._node_factors(sigma_B))
 
@@ -104,7 +105,7 @@ class DXPolicy:
         return (1 - (place - index_N).abs()).clamp(min=0)
 
     def _combine(self, x_BCHW: Tensor, own_B: Tensor, factors_BN: Tensor) -> Tensor:
-        """own x + sum_i factors_i c_i, centred: own (x - x_s) + (own + sum_i factors_i) x_s - s sum_i factors_i out_i."""
+        """own x + sum_i f_i c_i, centred: own (x - x_s) + (own + sum_i f_i) x_s - s sum_i f_i out_i."""
         def column(value_B: Tensor) -> Tensor:
             return value_B.to(self.dtype)[:, None, None]
 

@@ -3,17 +3,17 @@
 B batch, K components, C channels, H W latent size (a frame axis may stand before them), P all pixels of a sample.
 sigma is the noise level, 1 is noise. Source: GMFlow (arXiv 2504.05304), pi-Flow (arXiv 2510.14974).
 
-With m_k = x_s - s mu_k and v = s^2 exp(2 logstd), the mixture sum_k A_k N(m_k, v I) is what x_0 may be, seen from the source
-(x_s, s). Moving the observation to (x, t) reweights and shifts the components; the velocity is that of the mean x_0. It is
-evaluated centred on the straight line through the source, exact at t = s and t = 0, with rho = exp(2 logstd):
+With m_k = x_s - s mu_k and v = s^2 exp(2 logstd), the mixture sum_k A_k N(m_k, v I) is what x_0 may be, seen from the
+source (x_s, s). Moving the observation to (x, t) reweights and shifts the components; the velocity is that of the
+mean x_0. In a form centred on the straight line through the source, exact at t = s and t = 0, with rho = exp(2 logstd):
 
     eta_k = mu_k - mu_ref       eps_ref = x_s + (1-s) mu_ref      y = x - x_s - (t-s) mu_ref
     z = (s-t)(s+t-2st)          D = t^2 + rho z
     w = softmax_k( log A_k - [ eta_k . ( t(s-t) eps_ref + s(1-t) y ) + z |eta_k|^2/2 ] / D )
     u = mu_ref + { t (y + s sum_k w_k eta_k) - rho [ s(s-t) eps_ref + (s^2 (1-t) + t (1-s)^2) y ] } / D
 
-This holds for any mu_ref: it is a choice of origin, sum_k A_k mu_k at construction, and no gradient has to flow through it.
-Dropout and temperature keep it, and with it everything derived from it.
+This holds for any mu_ref: it is a choice of origin, sum_k A_k mu_k at construction, and no gradient has to flow through
+it. Dropout and temperature keep it, and with it everything derived from it.
 """
 
 import math
@@ -26,14 +26,16 @@ from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.policies.coefficients import (
     MixtureDisplacement,
     Walk,
+    channel_displacement,
     combination,
     gram_matrix,
     products,
     substep_table,
 )
-from piflow_dist.policies.rollout import SubstepGrid, rollout
+from piflow_dist.policies.rollout import SubstepGrid, per_sample, rollout
 
 MIN_TEMPERATURE = 1e-6    # as published: log-weights are divided by it
+SIGMA_SLACK = 1e-6        # schedule.warp(1) may round to just above 1
 
 
 class _Products:
@@ -82,7 +84,7 @@ class GMFlowPolicy:
         _check_shapes(means_BKCHW, logstds_B1111, logweights_BK1HW, x_src_BCHW)
         self.dtype = torch.promote_types(torch.promote_types(means_BKCHW.dtype, x_src_BCHW.dtype), torch.float32)
         self.x_src = x_src_BCHW
-        self.sigma_src_B = per_sample(sigma_src_B, x_src_BCHW)
+        self.sigma_src_B = per_sample(sigma_src_B, x_src_BCHW).double()    # near it, small differences decide
         logweights_BKP = logweights_BK1HW.to(self.dtype).flatten(2)
         _check_values(logweights_BKP, self.sigma_src_B)
         means_BKCP = means_BKCHW.to(self.dtype).flatten(3).contiguous()
@@ -90,7 +92,7 @@ class GMFlowPolicy:
         with torch.no_grad():
             mu_ref_BCP = combination(logweights_BKP.softmax(1), means_BKCP)
         eta_BKCP = means_BKCP - mu_ref_BCP.unsqueeze(1)
-        eps_ref_BCP = x_src_BCP + _column(1 - self.sigma_src_B).to(self.dtype) * mu_ref_BCP
+        eps_ref_BCP = x_src_BCP + self._factor(1 - self.sigma_src_B) * mu_ref_BCP
         self._mixture = _Mixture(mu_ref_BCP=mu_ref_BCP, eta_BKCP=eta_BKCP, logweights_BKP=logweights_BKP,
                                  logstd_B=logstds_B1111.double().flatten(), x_src_BCP=x_src_BCP,
                                  eps_ref_BCP=eps_ref_BCP, products=_Products(eta_BKCP, eps_ref_BCP))
@@ -98,9 +100,9 @@ class GMFlowPolicy:
     def velocity(self, x_BCHW: Tensor, sigma_B: Tensor | float) -> Tensor:
         """u = dx/dsigma at (x, sigma), shaped as x. sigma_B: (B,) or a float, in [0, sigma_src]. Differentiable.
 
-        Evaluated in float64: the logits of a sharp mixture (D near 0) reach 1e5, where float32 is off by percents in the weights.
+        Evaluated in float64: the logits of a sharp mixture (D near 0) reach 1e5, beyond float32's digits.
         """
-        mix, s, t = self._mixture, _column(self.sigma_src_B), _column(per_sample(sigma_B, x_BCHW))
+        mix, s, t = self._mixture, _column(self.sigma_src_B), _column(per_sample(sigma_B, x_BCHW).double())
         rho = _column((2 * mix.logstd_B).exp())
         z = (s - t) * (s + t - 2 * s * t)
         D = t * t + rho * z
@@ -124,19 +126,22 @@ class GMFlowPolicy:
         moved, factors, starts_y = [], [], []
         for x_BCHW, grid in zip(states, grids, strict=True):
             table, last_A, last_B = substep_table(s, rho, grid.sigma_NB, grid.step_NB)
-            moved_BCP = _column(grid.delta_B).to(self.dtype) * mix.mu_ref_BCP + _column(last_B).to(self.dtype) * mix.eps_ref_BCP
+            moved_BCP = self._factor(grid.delta_B) * mix.mu_ref_BCP + self._factor(last_B) * mix.eps_ref_BCP
             y_BCP = None
             if not grid.at_source:
-                y_BCP = x_BCHW.to(self.dtype).flatten(2) - mix.x_src_BCP \
-                    - _column(grid.sigma_start_B - s).to(self.dtype) * mix.mu_ref_BCP
-                moved_BCP = moved_BCP + _column(last_A - 1).to(self.dtype) * y_BCP
+                away_BCP = x_BCHW.to(self.dtype).flatten(2) - mix.x_src_BCP    # first: exact where x is near x_src
+                y_BCP = away_BCP - self._factor(grid.sigma_start_B - s) * mix.mu_ref_BCP
+                moved_BCP = moved_BCP + self._factor(last_A - 1) * y_BCP
             moved.append(moved_BCP)
             factors.append(torch.stack(table).to(self.dtype))
             starts_y.append(y_BCP)
         inputs = (mix.eta_BKCP, mix.logweights_BKP, mix.eps_ref_BCP)
-        record = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (*inputs, *factors, *starts_y))
-        mixtures = MixtureDisplacement.apply(*inputs, *mix.products.get(), [Walk(grid.order_B, grid.active) for grid in grids],
-                                             record, *factors, *starts_y)
+        walks = [Walk(grid.order_B, grid.active) for grid in grids]
+        if mix.eta_BKCP.shape[1] > 2 * mix.eta_BKCP.shape[2]:
+            mixtures = [channel_displacement(*inputs, *rest) for rest in zip(factors, starts_y, walks, strict=True)]
+        else:
+            mixtures = MixtureDisplacement.apply(*inputs, *mix.products.get(), walks, torch.is_grad_enabled(),
+                                                 *factors, *starts_y)
         return [(a + b).view(x.shape) for a, b, x in zip(moved, mixtures, states, strict=True)]
 
     def rollout(self, x_BCHW: Tensor, tau_start_B: Tensor | float, tau_end_B: Tensor | float, schedule: FlowSchedule,
@@ -154,7 +159,7 @@ class GMFlowPolicy:
     def with_temperature(self, temperature: float) -> "GMFlowPolicy":
         """Sharper below 1: A_k -> A_k^(1/T) renormalised, v -> T v. T is at least 1e-6. Raises ValueError below 0."""
         if not (temperature >= 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature={temperature} of a GM policy must be a number from 0 to 1; 1 changes nothing.")
+            raise ValueError(f"temperature={temperature} of a GM policy is a number from 0; 1 leaves it as it is.")
         if temperature == 1:
             return self
         T = max(float(temperature), MIN_TEMPERATURE)
@@ -164,7 +169,7 @@ class GMFlowPolicy:
     def with_dropout(self, p: float, generator: torch.Generator | None = None) -> "GMFlowPolicy":
         """Drop each component of each sample with probability p, for all its pixels.
 
-        A sample that would have a pixel without components loses none. Meant for the detached policy of a training rollout.
+        A sample that would have a pixel without components loses none. Meant for the detached policy of training.
         The draw is torch.rand(B, K) on the generator's device.
         """
         if not 0 <= p < 1:
@@ -172,28 +177,21 @@ class GMFlowPolicy:
         if p == 0:
             return self
         logweights_BKP = self._mixture.logweights_BKP
-        device = logweights_BKP.device
-        draw_BK = torch.rand(logweights_BKP.shape[:2], generator=generator, device=generator.device if generator else device)
-        drop_BK1 = (draw_BK < p).to(device).unsqueeze(2)
+        device = logweights_BKP.device if generator is None else generator.device
+        draw_BK = torch.rand(logweights_BKP.shape[:2], generator=generator, device=device)
+        drop_BK1 = (draw_BK < p).to(logweights_BKP.device).unsqueeze(2)
         survives_BP = ((logweights_BKP > -math.inf) & ~drop_BK1).any(1)
         drop_BK1 = drop_BK1 & survives_BP.all(1)[:, None, None]
         return self._with(logweights_BKP=logweights_BKP.masked_fill(drop_BK1, -math.inf))
+
+    def _factor(self, value_B: Tensor) -> Tensor:
+        return _column(value_B).to(self.dtype)
 
     def _with(self, **changes: Tensor) -> "GMFlowPolicy":
         policy = object.__new__(GMFlowPolicy)
         policy.dtype, policy.x_src, policy.sigma_src_B = self.dtype, self.x_src, self.sigma_src_B
         policy._mixture = replace(self._mixture, **changes)
         return policy
-
-
-def per_sample(sigma: Tensor | float, x_BCHW: Tensor) -> Tensor:
-    """Noise levels as (B,) float64 on x's device: differences of levels near 1 decide the mixture weights near the source."""
-    if not isinstance(sigma, Tensor):
-        return x_BCHW.new_full((len(x_BCHW),), sigma, dtype=torch.float64)
-    sigma_B = sigma.to(x_BCHW.device, torch.float64).flatten()
-    if len(sigma_B) not in (1, len(x_BCHW)):
-        raise ValueError(f"sigma of shape {tuple(sigma.shape)} for {len(x_BCHW)} samples: pass (B,) or a float.")
-    return sigma_B.expand(len(x_BCHW))
 
 
 def _column(value_B: Tensor) -> Tensor:
@@ -206,19 +204,18 @@ def _check_shapes(means: Tensor, logstds: Tensor, logweights: Tensor, x: Tensor)
                          f"(B, K, C, H, W) and (B, C, H, W), or both with a frame axis before H.")
     expected = (*means.shape[:2], 1, *means.shape[3:])
     if logweights.shape != expected:
-        raise ValueError(f"logweights of shape {tuple(logweights.shape)}: expected {expected}, one per component and pixel.")
+        raise ValueError(f"logweights of shape {tuple(logweights.shape)}: expected {expected}, one per component and "
+                         f"pixel, for means of shape {tuple(means.shape)}.")
     if logstds.numel() != len(x) or logstds.shape[0] != len(x):
         raise ValueError(f"logstds of shape {tuple(logstds.shape)}: expected one per sample, ({len(x)}, 1, 1, 1, 1).")
 
 
 def _check_values(logweights_BKP: Tensor, sigma_src_B: Tensor) -> None:
-    if logweights_BKP.is_meta:
-        return
     empty = (logweights_BKP.detach().amax(1) == -math.inf).any()
-    outside = ~((sigma_src_B > 0) & (sigma_src_B <= 1)).all()
+    outside = ~((sigma_src_B > 0) & (sigma_src_B <= 1 + SIGMA_SLACK)).all()
     empty, outside = torch.stack([empty, outside]).tolist()    # waits for the network once, as the rollout does anyway
     if empty:
-        raise ValueError("a pixel has all its log-weights at -inf, so its mixture is empty. Keep one component per pixel; "
-                         "policy.with_dropout does.")
+        raise ValueError("a pixel has all its log-weights at -inf: an empty mixture. Keep at least one component per "
+                         "pixel, as policy.with_dropout does.")
     if outside:
         raise ValueError(f"sigma_src={sigma_src_B.tolist()} is outside (0, 1]: a policy starts from a noisy state.")

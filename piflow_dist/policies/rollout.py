@@ -56,6 +56,8 @@ def rollout(policy: Policy, x_BCHW: Tensor, tau_start_B: Tensor | float, tau_end
     Raises ValueError where tau_end > tau_start. One host synchronisation, for the substep counts.
     """
     grid = substep_grid(policy, x_BCHW, tau_start_B, tau_end_B, schedule, total_substeps)
+    if not grid.active:
+        return x_BCHW.to(policy.dtype, copy=True), grid.sigma_end_B.to(policy.dtype)
     return x_BCHW.to(policy.dtype) + policy.displacements([x_BCHW], [grid])[0], grid.sigma_end_B.to(policy.dtype)
 
 
@@ -70,7 +72,7 @@ def windowed_velocity(policy: Policy, x_BCHW: Tensor, tau_start_B: Tensor | floa
 
 def windowed_velocities(policy: Policy, states: list[Tensor], spans: list[tuple[Tensor | float, Tensor | float]],
                         schedule: FlowSchedule, total_substeps: int = 128) -> list[Tensor]:
-    """windowed_velocity of several states of one policy, each with its (tau_start_B, tau_end_B): one backward for all."""
+    """windowed_velocity of several states of one policy, each with its (tau_start_B, tau_end_B), in one backward."""
     grids = [substep_grid(policy, x_BCHW, start_B, end_B, schedule, total_substeps, unit_single_steps=True)
              for x_BCHW, (start_B, end_B) in zip(states, spans, strict=True)]
     moved = policy.displacements(states, grids)
@@ -87,7 +89,7 @@ def substep_grid(policy: Policy, x_BCHW: Tensor, tau_start_B: Tensor | float, ta
     """
     if total_substeps < 1:
         raise ValueError(f"total_substeps={total_substeps}: a rollout needs at least one. 128 is the published number.")
-    start_B, end_B = (_per_sample(tau, x_BCHW) for tau in (tau_start_B, tau_end_B))
+    start_B, end_B = (per_sample(tau, x_BCHW) for tau in (tau_start_B, tau_end_B))
     # The published count: rounded in the times' own dtype, half to even.
     length_B = start_B - end_B
     count_B = torch.round(length_B * total_substeps).clamp(min=1)
@@ -96,8 +98,8 @@ def substep_grid(policy: Policy, x_BCHW: Tensor, tau_start_B: Tensor | float, ta
         count_B = count_B * (length_B > 0)
     order_B, counts, bad, at_source = _read_counts(policy, x_BCHW, start_B, length_B, count_B, schedule)
     if bad:
-        raise ValueError(f"cannot roll out from tau_start={start_B.tolist()} to tau_end={end_B.tolist()}: time must run "
-                         f"from noise (1) towards the image (0). Check tau_start <= 1 and tau_end <= tau_start.")
+        raise ValueError(f"cannot roll out from tau_start={start_B.tolist()} to tau_end={end_B.tolist()}: time runs "
+                         f"from noise (1) to the image (0). Check that tau_start <= 1 and tau_end <= tau_start.")
     substeps = counts[0] if counts else 0
     share_NB = torch.arange(substeps + 1, dtype=torch.float64, device=x_BCHW.device)[:, None] / count_B.clamp(min=1)
     tau_NB = (start_B - (start_B - end_B) * share_NB.clamp(max=1)).clamp(min=0)
@@ -128,10 +130,11 @@ def _read_counts(policy: Policy, x_BCHW: Tensor, start_B: Tensor, length_B: Tens
     return order_B, [] if bad else [int(count) for count in counts], bool(bad), not away
 
 
-def _per_sample(tau: Tensor | float, x_BCHW: Tensor) -> Tensor:
-    if not isinstance(tau, Tensor):
-        return x_BCHW.new_full((len(x_BCHW),), tau, dtype=torch.float64)    # no copy from the host, so no waiting
-    tau_B = tau.to(x_BCHW.device, torch.promote_types(tau.dtype, torch.float32)).flatten()
-    if len(tau_B) not in (1, len(x_BCHW)):
-        raise ValueError(f"{len(tau_B)} times for {len(x_BCHW)} samples: pass one tau, or one per sample.")
-    return tau_B.expand(len(x_BCHW))
+def per_sample(time: Tensor | float, x_BCHW: Tensor) -> Tensor:
+    """Times or noise levels as (B,) on x's device, in float32 at least. time: a float, or a tensor of 1 or B numbers."""
+    if not isinstance(time, Tensor):
+        return x_BCHW.new_full((len(x_BCHW),), time, dtype=torch.float64)    # no copy from the host, so no waiting
+    time_B = time.to(x_BCHW.device, torch.promote_types(time.dtype, torch.float32)).flatten()
+    if len(time_B) not in (1, len(x_BCHW)):
+        raise ValueError(f"times of shape {tuple(time.shape)} for {len(x_BCHW)} samples: pass (B,) or a float.")
+    return time_B.expand(len(x_BCHW))

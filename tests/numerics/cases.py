@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from piflow_dist.policies import DXPolicy, GMFlowPolicy
+
 from .exact import gm_velocity
 from .reference import DX, GaussianMixture, rollout, unwarp
 
@@ -46,22 +48,33 @@ class GMArrays:
     def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.means, self.logstds, self.logweights
 
-    def package(self):
-        from piflow_dist.policies import GMFlowPolicy
-
+    def package(self) -> GMFlowPolicy:
         return GMFlowPolicy(self.means, self.logstds, self.logweights, self.x_src, self.sigma_src)
 
     def reference(self) -> list[GaussianMixture]:
         """Float64; keeps the autograd graph to these arrays."""
         return [
-            GaussianMixture(self.means[b].double(), self.logstds[b].double().squeeze(), self.logweights[b].double(),
-                            self.x_src[b].double(), self.sigma_src[b].double().item())
+            GaussianMixture(
+                self.means[b].double(),
+                self.logstds[b].double().squeeze(),
+                self.logweights[b].double(),
+                self.x_src[b].double(),
+                self.sigma_src[b].double().item(),
+            )
             for b in range(len(self.means))
-        ]  # fmt: skip
+        ]
 
 
-def gm_arrays(sigma_src: list[float], *, components: int = 4, channels: int = 3, space: tuple[int, ...] = (2, 2),
-              logstd: float | list[float] | None = None, normalised: bool = True, seed: int = 0) -> GMArrays:  # fmt: skip
+def gm_arrays(
+    sigma_src: list[float],
+    *,
+    components: int = 4,
+    channels: int = 3,
+    space: tuple[int, ...] = (2, 2),
+    logstd: float | list[float] | None = None,
+    normalised: bool = True,
+    seed: int = 0,
+) -> GMArrays:
     """x_src lies between a latent and noise of unit variance; the means scatter around its true velocity by 0.6."""
     batch = len(sigma_src)
     sigma_B = torch.tensor(sigma_src, dtype=F64)
@@ -102,21 +115,36 @@ class DXArrays:
     def outputs(self) -> tuple[Tensor]:
         return (self.out,)
 
-    def package(self):
-        from piflow_dist.policies import DXPolicy
-
-        return DXPolicy(self.out, self.x_src, self.sigma_src, segment_size=self.segment_size, shift=self.shift, mode=self.mode)
+    def package(self) -> DXPolicy:
+        return DXPolicy(
+            self.out, self.x_src, self.sigma_src, segment_size=self.segment_size, shift=self.shift, mode=self.mode
+        )
 
     def reference(self) -> list[DX]:
         return [
-            DX(self.out[b].double(), self.x_src[b].double(), self.sigma_src[b].double().item(), self.segment_size, self.shift,
-               self.mode)
+            DX(
+                self.out[b].double(),
+                self.x_src[b].double(),
+                self.sigma_src[b].double().item(),
+                self.segment_size,
+                self.shift,
+                self.mode,
+            )
             for b in range(len(self.out))
-        ]  # fmt: skip
+        ]
 
 
-def dx_arrays(sigma_src: list[float], *, mode: str = "grid", nodes: int = 5, channels: int = 3, space: tuple[int, ...] = (2, 2),
-              segment_size: float = 1 / 3.5, shift: float = 3.2, seed: int = 0) -> DXArrays:  # fmt: skip
+def dx_arrays(
+    sigma_src: list[float],
+    *,
+    mode: str = "grid",
+    nodes: int = 5,
+    channels: int = 3,
+    space: tuple[int, ...] = (2, 2),
+    segment_size: float = 1 / 3.5,
+    shift: float = 3.2,
+    seed: int = 0,
+) -> DXArrays:
     gm = gm_arrays(sigma_src, components=nodes, channels=channels, space=space, seed=seed)
     return DXArrays(gm.means, gm.x_src, gm.sigma_src, segment_size, shift, mode)
 
@@ -131,7 +159,7 @@ def states_towards_components(arrays: GMArrays, sigma_B: Tensor, seed: int = 0) 
 
 
 def states_between_components(arrays: GMArrays, sigma_B: Tensor, seed: int = 0) -> Tensor:
-    """States at sigma_B on lines half way between two components, where the weights are in doubt and turn most quickly."""
+    """States at sigma_B on lines half way between two components, where the weights turn most quickly."""
     batch, components, channels, *space = arrays.means.shape
     ends = []
     for offset in (0, 1):
@@ -143,7 +171,9 @@ def states_between_components(arrays: GMArrays, sigma_B: Tensor, seed: int = 0) 
 def states_on_path(arrays: GMArrays, sigma_B: Tensor, substeps: int = 24) -> Tensor:
     """States at sigma_B where the policy's own flow leads from the source (reference rollout, shift 1)."""
     ends = []
-    for policy, x, s, t in zip(arrays.reference(), arrays.x_src, arrays.sigma_src.tolist(), sigma_B.tolist(), strict=True):
+    for policy, x, s, t in zip(
+        arrays.reference(), arrays.x_src, arrays.sigma_src.tolist(), sigma_B.tolist(), strict=True
+    ):
         start, end = unwarp(s, 1.0), unwarp(t, 1.0)
         ends.append(rollout(policy.velocity, x.double(), start, end, 1.0, round(substeps / max(start - end, 1e-9))))
     return torch.stack(ends)
@@ -162,7 +192,14 @@ def exact_velocity(arrays: GMArrays, x: Tensor, sigma: list[float]) -> Tensor:
     x_src, x_flat = arrays.x_src.flatten(2), x.flatten(2)
     for b in range(len(x)):
         for p in range(x_flat.shape[2]):
-            u_C = gm_velocity(means[b, :, :, p].detach(), arrays.logstds[b].item(), logweights[b, :, 0, p].detach(),
-                              x_src[b, :, p], arrays.sigma_src[b].item(), x_flat[b, :, p].detach(), sigma[b])  # fmt: skip
+            u_C = gm_velocity(
+                means[b, :, :, p].detach(),
+                arrays.logstds[b].item(),
+                logweights[b, :, 0, p].detach(),
+                x_src[b, :, p],
+                arrays.sigma_src[b].item(),
+                x_flat[b, :, p].detach(),
+                sigma[b],
+            )
             want[b, :, p] = torch.from_numpy(u_C)
     return want.view(x.shape)

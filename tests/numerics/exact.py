@@ -1,12 +1,14 @@
 """The Gaussian-mixture velocity in 100-digit decimal arithmetic, for one pixel: the textbook form with digits to spare.
 
-Near t = 0 that form loses everything even in float64 (its logits are differences of numbers near 1/t^2). With 100 digits it is right
-to far beyond float64, t = 0 is the limit taken at t = 1e-25, and derivatives are central differences with a step of 1e-20.
+Near t = 0 that form loses everything even in float64 (its logits are differences of numbers near 1/t^2). With 100
+digits it is right to far beyond float64, t = 0 is the limit taken at t = 1e-25, and derivatives are central differences
+with a step of 1e-20. Arrays: means_KC, logweights_K, x_src_C, x_C; numbers: logstd, s (noise level at the source), t.
 """
 
 from decimal import Decimal, localcontext
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 DIGITS = 100
 TINY_T = Decimal(10) ** -25
@@ -15,11 +17,19 @@ STEP = Decimal(10) ** -20
 _decimals = np.frompyfunc(lambda value: Decimal(float(value)), 1, 1)  # float64 and float32 values convert exactly
 
 
-def decimals(values) -> np.ndarray:
+def decimals(values: ArrayLike) -> np.ndarray:
     return np.asarray(_decimals(np.asarray(values, dtype=np.float64)), dtype=object)
 
 
-def _velocity(means_KC, logstd, logweights_K, x_src_C, s, x_C, t):
+def _velocity(
+    means_KC: np.ndarray,
+    logstd: Decimal,
+    logweights_K: np.ndarray,
+    x_src_C: np.ndarray,
+    s: Decimal,
+    x_C: np.ndarray,
+    t: Decimal,
+) -> np.ndarray:
     t = max(t, TINY_T)
     a_t, a_s = (1 - t) / t, (1 - s) / s
     variance = (s * logstd.exp()) ** 2
@@ -35,24 +45,23 @@ def _velocity(means_KC, logstd, logweights_K, x_src_C, s, x_C, t):
     return (x_C - x0_C) / t
 
 
-def _converted(means_KC, logstd, logweights_K, x_src_C, s, x_C, t) -> list:
-    return [decimals(means_KC), decimals(logstd).item(), decimals(logweights_K), decimals(x_src_C), decimals(s).item(),
-            decimals(x_C), decimals(t).item()]  # fmt: skip
+def _converted(pixel: tuple[ArrayLike, ...]) -> list:
+    return [value if value.ndim else value.item() for value in map(decimals, pixel)]
 
 
-def gm_velocity(means_KC, logstd, logweights_K, x_src_C, s, x_C, t) -> np.ndarray:
-    """u_C, float64. Any array-likes and numbers of float32 or float64; log-weights may be -inf."""
-    with localcontext(prec=DIGITS, Emin=-10**15, Emax=10**15):
-        return _velocity(*_converted(means_KC, logstd, logweights_K, x_src_C, s, x_C, t)).astype(np.float64)
+def gm_velocity(*pixel: ArrayLike) -> np.ndarray:
+    """u_C, float64, of (means_KC, logstd, logweights_K, x_src_C, s, x_C, t); log-weights may be -inf."""
+    with localcontext(prec=DIGITS, Emin=-(10**15), Emax=10**15):
+        return _velocity(*_converted(pixel)).astype(np.float64)
 
 
-def gm_gradients(means_KC, logstd, logweights_K, x_src_C, s, x_C, t, cotangent_C) -> dict[str, np.ndarray]:
+def gm_gradients(*pixel: ArrayLike, cotangent_C: ArrayLike) -> dict[str, np.ndarray]:
     """Derivatives of cotangent . u with respect to means, logstd, logweights and x (0 for a log-weight of -inf)."""
-    with localcontext(prec=DIGITS, Emin=-10**15, Emax=10**15):
-        arguments = _converted(means_KC, logstd, logweights_K, x_src_C, s, x_C, t)
+    with localcontext(prec=DIGITS, Emin=-(10**15), Emax=10**15):
+        arguments = _converted(pixel)
         cotangent_C = decimals(cotangent_C)
 
-        def slope(position: int, index) -> float:
+        def slope(position: int, index: tuple[int, ...] | None) -> float:
             ends = []
             for step in (STEP, -STEP):
                 moved = list(arguments)

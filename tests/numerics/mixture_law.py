@@ -1,4 +1,4 @@
-"""A data law whose flow is known: a mixture of isotropic Gaussians per pixel, and the GM policy that fits it exactly."""
+"""A data law whose flow is known: a mixture of isotropic Gaussians per pixel, and the GM policy that fits it."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class MixtureLaw:
         return self.centres[which] + self.std * noise
 
     def posterior(self, x_BCHW: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log-weights_BJ1HW, means_BJCHW and variance_B of x_0 given the noised pixel (conjugate Gaussians, sigma > 0)."""
+        """log-weights_BJ1HW, means_BJCHW and variance_B of x_0 given the noised pixel (conjugate Gaussians)."""
         x, sigma = x_BCHW[:, None], per_sample(sigma_B, x_BCHW[:, None])
         centres = self.centres.to(x.dtype)[None, :, :, None, None]
         evidence_variance = ((1 - sigma) * self.std) ** 2 + sigma**2

@@ -1,9 +1,10 @@
 """Plain float64 versions of the formulas of the method, one sample at a time, to compare piflow_dist with.
 
-They share no code with the package and are written from the mathematics, not from it: Bayes' rule in natural parameters for the
-Gaussian-mixture policy, a Python loop over substeps for rollouts, a Python loop over states for the imitation segment. Slow and short.
+They share no code with the package and are written from the mathematics, not from it: Bayes' rule in natural parameters
+for the Gaussian-mixture policy, a Python loop over substeps for rollouts, one over states for the imitation segment.
 
-Tensors hold one sample and carry no batch axis. Axes: C channels, then any spatial axes ("S": H W, or F H W); K components; N nodes.
+Tensors hold one sample and carry no batch axis. Axes: C channels, then any spatial axes ("S": H W, or F H W); K
+components; N nodes.
 `tau` is schedule time, `sigma` (s at the source, t elsewhere) the noise level; Python floats here. 1 is noise.
 Sources: pi-Flow (arXiv 2510.14974), GMFlow (arXiv 2504.05304).
 """
@@ -11,6 +12,7 @@ Sources: pi-Flow (arXiv 2510.14974), GMFlow (arXiv 2504.05304).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 Velocity = Callable[[Tensor, float], Tensor]  # (x_CS, sigma) -> u_CS
 
 
-# -- schedule -------------------------------------------------------------------------------------------------------------------
+# -- schedule --
 def warp(tau: float, shift: float) -> float:
     return shift * tau / (1 + (shift - 1) * tau)
 
@@ -31,7 +33,7 @@ def unwarp(sigma: float, shift: float) -> float:
     return odds / (1 + odds)
 
 
-# -- policies -------------------------------------------------------------------------------------------------------------------
+# -- policies --
 @dataclass
 class GaussianMixture:
     """GMFlow policy of one sample: means_KCS in u-space, logstd (scalar), logweights_K1S, x_src_CS, noise level s."""
@@ -59,8 +61,8 @@ class GaussianMixture:
         """(x - E[x_0 | x at t])/t. Loses digits as t -> 0: exact.py is for that.
 
         Natural parameters of a Gaussian in x_0: precision and shift = precision * mean, with log integral
-        shift^2/(2 precision) - log(precision)/2 per channel. Seeing x at noise level t adds ((1-t)/t)^2 and (1-t) x/t^2; what the
-        source x_src at s had added is taken away again.
+        shift^2/(2 precision) - log(precision)/2 per channel. Seeing x at noise level t adds ((1-t)/t)^2 and
+        (1-t) x/t^2; what the source x_src at s had added is taken away again.
         """
         s, clean_KCS = self.s, self.x_src - self.s * self.means
         variance = (s * self.logstd.exp()) ** 2
@@ -69,10 +71,12 @@ class GaussianMixture:
         shift_KCS = prior_shift_KCS + (1 - t) * x / t**2 - (1 - s) * self.x_src / s**2
         channels = x.shape[0]
 
-        def log_integral(precision, shift_KCS):
+        def log_integral(precision: Tensor, shift_KCS: Tensor) -> Tensor:
             return ((shift_KCS**2 / (2 * precision)).sum(1, keepdim=True)) - channels / 2 * torch.log(precision)
 
-        logits_K1S = self.logweights + log_integral(precision, shift_KCS) - log_integral(prior_precision, prior_shift_KCS)
+        logits_K1S = (
+            self.logweights + log_integral(precision, shift_KCS) - log_integral(prior_precision, prior_shift_KCS)
+        )
         x0_CS = (logits_K1S.softmax(0) * shift_KCS / precision).sum(0)
         return (x - x0_CS) / t
 
@@ -109,13 +113,18 @@ class DX:
         return (x - x0) / max(t, 1e-4)
 
 
-# -- following a velocity -------------------------------------------------------------------------------------------------------
+Policy = GaussianMixture | DX
+
+
+# -- following a velocity --
 def substeps_of(length: float, total_substeps: int) -> int:
     """Half to even, as Python rounds; at least one."""
     return max(1, round(length * total_substeps))
 
 
-def rollout(velocity: Velocity, x: Tensor, tau_start: float, tau_end: float, shift: float, total_substeps: int) -> Tensor:
+def rollout(
+    velocity: Velocity, x: Tensor, tau_start: float, tau_end: float, shift: float, total_substeps: int
+) -> Tensor:
     """Euler in sigma on a grid uniform in tau."""
     length = tau_start - tau_end
     if length == 0:
@@ -128,16 +137,25 @@ def rollout(velocity: Velocity, x: Tensor, tau_start: float, tau_end: float, shi
     return x
 
 
-def mean_velocity(velocity: Velocity, x: Tensor, tau_start: float, tau_end: float, shift: float, total_substeps: int) -> Tensor:
-    """Of a rollout; the local velocity where the rollout is shorter than two substeps."""
-    if (tau_start - tau_end) * total_substeps < 2 - 1e-6:
+def mean_velocity(
+    velocity: Velocity, x: Tensor, tau_start: float, tau_end: float, shift: float, total_substeps: int
+) -> Tensor:
+    """Of a rollout; the local velocity where that has only one substep."""
+    if substeps_of(tau_start - tau_end, total_substeps) < 2:
         return velocity(x, warp(tau_start, shift))
     end = rollout(velocity, x, tau_start, tau_end, shift, total_substeps)
     return (end - x) / (warp(tau_end, shift) - warp(tau_start, shift))
 
 
-def guided(u_cond: Tensor, u_uncond: Tensor, scale: float, x: Tensor, sigma: float, orthogonal: float = 0.0,
-           interval: tuple[float, float] = (0.0, 1.0)) -> Tensor:  # fmt: skip
+def guided(
+    u_cond: Tensor,
+    u_uncond: Tensor,
+    scale: float,
+    x: Tensor,
+    sigma: float,
+    orthogonal: float = 0.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
     """Classifier-free guidance; `orthogonal` is the share removed of the update's part along the conditional x_0."""
     if scale <= 1 or not interval[0] <= sigma <= interval[1]:
         return u_cond
@@ -147,7 +165,7 @@ def guided(u_cond: Tensor, u_uncond: Tensor, scale: float, x: Tensor, sigma: flo
     return u_cond + update - orthogonal * (update.flatten() @ axis) * axis.view_as(x)
 
 
-# -- imitation ------------------------------------------------------------------------------------------------------------------
+# -- imitation --
 @dataclass
 class Imitation:
     """Of one sample: M predictions, targets and visited states, and the end of the segment."""
@@ -162,13 +180,28 @@ class Imitation:
         return torch.stack(errors).mean()
 
 
-def imitate(policy, teacher: Velocity, x_src: Tensor, tau_src: float, segment: float, shift: float, *, window_substeps: int,
-            total_substeps: int, ratio: float, student_uniforms: list[float], teacher_cuts: list[float],
-            frozen=None) -> Imitation:  # fmt: skip
-    """One pi-ID segment. M student_uniforms; M - 1 teacher_cuts in [0, 1] make M teacher intervals that add up to the whole."""
+def imitate(
+    policy: Policy,
+    teacher: Velocity,
+    x_src: Tensor,
+    tau_src: float,
+    segment: float,
+    shift: float,
+    *,
+    window_substeps: int,
+    total_substeps: int,
+    ratio: float,
+    student_uniforms: list[float],
+    teacher_cuts: list[float],
+    frozen: Policy | None = None,
+) -> Imitation:
+    """One pi-ID segment. M student_uniforms; M - 1 teacher_cuts in [0, 1] make M teacher intervals.
+
+    The window is counted in the segment's own substeps. The end of the segment is reached from the last state.
+    """
     frozen = frozen or policy.detach()
-    window = window_substeps / total_substeps
-    reach = max(segment - window, 0.0)
+    window = min(window_substeps * segment / substeps_of(segment, total_substeps), segment)
+    reach = segment - window
     marks = [0.0, *sorted(student_uniforms)]
     cuts = [0.0, *sorted(teacher_cuts), 1.0]
     x, tau = x_src, tau_src
@@ -184,11 +217,11 @@ def imitate(policy, teacher: Velocity, x_src: Tensor, tau_src: float, segment: f
         result.taus.append(tau_a)
         x, tau = x_a + (warp(tau_b, shift) - warp(tau_a, shift)) * target, tau_b
     with torch.no_grad():
-        result.x_end = rollout(frozen.velocity, x_src, tau_src, max(tau_src - segment, 0.0), shift, total_substeps)
+        result.x_end = rollout(frozen.velocity, x, tau, max(tau_src - segment, 0.0), shift, total_substeps)
     return result
 
 
-# -- sampling -------------------------------------------------------------------------------------------------------------------
+# -- sampling --
 def flow_map(sigma_src: float, sigma_to: float, h: float) -> tuple[float, float, float]:
     """(m, sigma_dst, scale of x_dst) of one flow-map SDE step; the noise is scaled by sigma_to sqrt(1 - m^2)."""
     if h == 0:
@@ -202,12 +235,23 @@ def flow_map(sigma_src: float, sigma_to: float, h: float) -> tuple[float, float,
 
 
 def segment_bounds(nfe: int, last_scale: float) -> list[float]:
-    base = 1 / (nfe - 1 + last_scale)
-    return [1 - i * base for i in range(nfe)] + [0.0]
+    """In exact fractions, then as float32 numbers: that is what the schedule hands out."""
+    base = 1 / (nfe - 1 + Fraction(last_scale))
+    return torch.tensor([float(1 - i * base) for i in range(nfe)] + [0.0], dtype=torch.float32).tolist()
 
 
-def sample(predict: Callable[[Tensor, float], object], x: Tensor, shift: float, nfe: int, *, last_scale: float, total_substeps: int,
-           temperature: float, h: float, noise: Callable[[], Tensor]) -> Tensor:  # fmt: skip
+def sample(
+    predict: Callable[[Tensor, float], Policy],
+    x: Tensor,
+    shift: float,
+    nfe: int,
+    *,
+    last_scale: float,
+    total_substeps: int,
+    temperature: float,
+    h: float,
+    noise: Callable[[], Tensor],
+) -> Tensor:
     """predict(x, sigma) -> policy of this sample; noise() is asked once a step that adds any, but for the last."""
     bounds = segment_bounds(nfe, last_scale)
     for step in range(nfe):

@@ -99,7 +99,7 @@ def test_frame_axis(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_float32(mode):
-    """States on the way, where x - x_0 = sigma u is a small difference of larger numbers; down to the last substep (0.025)."""
+    """States on the way, where x - x_0 = sigma u is a small difference; down to the last substep (0.025)."""
     cases = [(s, s * part) for s in (1.0, 0.9, 0.5, 0.2) for part in (1.0, 0.99, 0.7, 0.4, 0.125) if s * part >= 0.025]
     arrays = dx_arrays([s for s, _ in cases], mode=mode, nodes=10, seed=12)
     sigma_B = torch.tensor([t for _, t in cases], dtype=torch.float32)

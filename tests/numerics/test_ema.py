@@ -19,7 +19,7 @@ def test_beta_of_a_gamma_that_is_not_whole():
 
 
 def test_the_weights_of_an_average_follow_a_power_law():
-    """From step 1 on the average of the values k is near t (gamma + 1)/(gamma + 2), and the first value is forgotten."""
+    """From step 1 on the average of the values k nears t (gamma + 1)/(gamma + 2): the first is forgotten."""
     average, steps, gamma = 1e9, 2000, 7
     for step in range(1, steps + 1):
         beta = float(karras_beta(step, gamma))

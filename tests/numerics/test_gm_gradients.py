@@ -22,7 +22,7 @@ def reference_gradients(arrays: GMArrays, x, sigma_B, cotangent) -> dict[str, to
 
 
 def relative_errors(got: dict, want: dict) -> dict[str, torch.Tensor]:
-    """Per sample and input, over the norm of that gradient; over a hundredth of all together where it all but vanishes."""
+    """Per sample and input, over the norm of that gradient; where it vanishes, over a hundredth of all together."""
     sizes = {name: want[name].double().flatten(1).norm(dim=1) for name in NAMES}
     whole = torch.stack(list(sizes.values())).norm(dim=0)
     errors = {name: (got[name].double() - want[name].double()).flatten(1).norm(dim=1) for name in NAMES}
@@ -42,8 +42,12 @@ def test_random_states(seed):
 
 
 def corner_cases(logstds: tuple[float, ...]) -> tuple[GMArrays, torch.Tensor]:
-    cases = [(s, s * part, logstd) for s in (0.01, 0.5, 1.0) for part in (1.0, 0.5, 1e-2, 1e-6, 0.0) for logstd in logstds]
-    arrays = gm_arrays([c[0] for c in cases], components=3, channels=2, space=(1, 1), logstd=[c[2] for c in cases], seed=5)
+    cases = [
+        (s, s * part, logstd) for s in (0.01, 0.5, 1.0) for part in (1.0, 0.5, 1e-2, 1e-6, 0.0) for logstd in logstds
+    ]
+    arrays = gm_arrays(
+        [c[0] for c in cases], components=3, channels=2, space=(1, 1), logstd=[c[2] for c in cases], seed=5
+    )
     return arrays, torch.tensor([c[1] for c in cases], dtype=F64)
 
 
@@ -52,10 +56,17 @@ def exact_gradients(arrays: GMArrays, x, sigma_B, cotangent) -> dict[str, torch.
     rows = []
     for b in range(len(x)):
         rows.append(
-            gm_gradients(arrays.means[b, :, :, 0, 0], arrays.logstds[b].item(), arrays.logweights[b, :, 0, 0, 0],
-                         arrays.x_src[b, :, 0, 0], arrays.sigma_src[b].item(), x[b, :, 0, 0], sigma_B[b].item(),
-                         cotangent[b, :, 0, 0])
-        )  # fmt: skip
+            gm_gradients(
+                arrays.means[b, :, :, 0, 0],
+                arrays.logstds[b].item(),
+                arrays.logweights[b, :, 0, 0, 0],
+                arrays.x_src[b, :, 0, 0],
+                arrays.sigma_src[b].item(),
+                x[b, :, 0, 0],
+                sigma_B[b].item(),
+                cotangent_C=cotangent[b, :, 0, 0],
+            )
+        )
     return {name: torch.stack([torch.from_numpy(row[name]) for row in rows]) for name in NAMES}
 
 
@@ -74,7 +85,9 @@ def test_corners_of_time_against_100_digits(dtype, limit):
         got, want = package_gradients(arrays, x, sigma_B, cotangent), exact_gradients(arrays, x, sigma_B, cotangent)
         for name, error_B in relative_errors(flat(got), flat(want)).items():
             worst = int(error_B.argmax())
-            assert error_B.max() < limit, f"{name}: {error_B.max():.1e} at s={arrays.sigma_src[worst]}, t={sigma_B[worst]}"
+            assert error_B.max() < limit, (
+                f"{name}: {error_B.max():.1e} at s={arrays.sigma_src[worst]}, t={sigma_B[worst]}"
+            )
             print(f"{dtype} d/d{name}: median {error_B.median():.1e}, worst {error_B.max():.1e}")
 
 
@@ -85,7 +98,9 @@ def test_components_without_weight_get_no_gradient_and_no_nan():
     sigma_B, x = arrays.sigma_src * 0.5, normal(*arrays.x_src.shape, seed=10)
     cotangent = normal(*x.shape, seed=11)
     got = package_gradients(arrays, x, sigma_B, cotangent)
-    fewer = GMArrays(arrays.means[:, others], arrays.logstds, arrays.logweights[:, others], arrays.x_src, arrays.sigma_src)
+    fewer = GMArrays(
+        arrays.means[:, others], arrays.logstds, arrays.logweights[:, others], arrays.x_src, arrays.sigma_src
+    )
     want = reference_gradients(fewer, x, sigma_B, cotangent)
     assert (got["means"][:, 1] == 0).all() and (got["logweights"][:, 1] == 0).all()
     got["means"], got["logweights"] = got["means"][:, others], got["logweights"][:, others]

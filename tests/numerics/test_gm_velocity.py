@@ -37,7 +37,10 @@ def test_random_states(seed):
     part = torch.rand(len(sources), generator=rng(seed), dtype=F64) * 0.98 + 0.01
     sigma_B = arrays.sigma_src * part
     x = normal(*arrays.x_src.shape, seed=seed + 50)
-    assert relative_error_B(package_velocity(arrays, x, sigma_B), exact_velocity(arrays, x, sigma_B.tolist())).max() < EXACT
+    assert (
+        relative_error_B(package_velocity(arrays, x, sigma_B), exact_velocity(arrays, x, sigma_B.tolist())).max()
+        < EXACT
+    )
 
 
 @pytest.mark.parametrize("components", [1, 2, 8])
@@ -78,7 +81,9 @@ def test_single_component_and_single_pixel():
 def test_identical_components_are_one():
     many = gm_arrays([0.9, 0.3], components=6, seed=10)
     many.means = many.means[:, :1].expand_as(many.means).clone()
-    one = GMArrays(many.means[:, :1], many.logstds, torch.zeros_like(many.logweights[:, :1]), many.x_src, many.sigma_src)
+    one = GMArrays(
+        many.means[:, :1], many.logstds, torch.zeros_like(many.logweights[:, :1]), many.x_src, many.sigma_src
+    )
     x, sigma_B = normal(*many.x_src.shape, seed=11), torch.tensor([0.5, 0.1], dtype=F64)
     assert relative_error_B(package_velocity(many, x, sigma_B), package_velocity(one, x, sigma_B)).max() < 1e-13
 
@@ -133,13 +138,15 @@ def kept_components(policy, arrays: GMArrays, x, sigma_B) -> list[tuple[int, ...
     for b, reference in enumerate(arrays.reference()):
         wants = torch.stack([reference.keep(list(subset)).velocity(x[b], sigma_B[b].item()) for subset in subsets])
         errors = (wants - got[b]).flatten(1).norm(dim=1) / got[b].norm()
-        assert (errors < 1e-9).sum() == 1, "no single subset of components, the same for all pixels, gives this velocity"
+        assert (errors < 1e-9).sum() == 1, (
+            "no single subset of components, the same for all pixels, gives this velocity"
+        )
         found.append(subsets[int(errors.argmin())])
     return found
 
 
 def test_dropout_takes_whole_components_per_sample_and_never_all():
-    """K = 3, p = 0.4: a subset of k components stays with probability 0.6^k 0.4^(3-k); nothing left means nothing lost."""
+    """K = 3, p = 0.4: a subset of k components stays with chance 0.6^k 0.4^(3-k); nothing left means nothing lost."""
     batch, p = 600, 0.4
     arrays = gm_arrays([0.9] * batch, components=3, channels=2, space=(1, 3), seed=18)
     sigma_B = torch.full((batch,), 0.5, dtype=F64)
@@ -155,9 +162,13 @@ def test_dropout_of_everything_or_nothing_changes_nothing():
     arrays = gm_arrays([0.9, 0.3], seed=21)
     x, sigma_B = normal(*arrays.x_src.shape, seed=22), arrays.sigma_src * 0.6
     plain = package_velocity(arrays, x, sigma_B)
-    torch.testing.assert_close(arrays.package().with_dropout(0.0, rng(1)).velocity(x, sigma_B), plain, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        arrays.package().with_dropout(0.0, rng(1)).velocity(x, sigma_B), plain, rtol=1e-13, atol=0
+    )
     # 1 - 1e-12: a sample that would lose all its components, as both do here, loses none.
-    torch.testing.assert_close(arrays.package().with_dropout(1 - 1e-12, rng(1)).velocity(x, sigma_B), plain, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        arrays.package().with_dropout(1 - 1e-12, rng(1)).velocity(x, sigma_B), plain, rtol=1e-13, atol=0
+    )
 
 
 def test_dropout_follows_its_generator():
@@ -172,24 +183,32 @@ def test_frame_axis_is_one_more_spatial_axis():
     x = normal(*arrays.x_src.shape, seed=26)
     assert x.shape == (2, 3, 3, 2, 2) and arrays.logstds.shape == (2, 1, 1, 1, 1, 1)
     sigma_B = torch.tensor([0.7, 0.2], dtype=F64)
-    assert relative_error_B(package_velocity(arrays, x, sigma_B), exact_velocity(arrays, x, sigma_B.tolist())).max() < EXACT
+    assert (
+        relative_error_B(package_velocity(arrays, x, sigma_B), exact_velocity(arrays, x, sigma_B.tolist())).max()
+        < EXACT
+    )
 
 
 def test_float32_typical_and_worst_corner():
-    """Source 0.01 to 1, logstd -3 to 1, t from the source to 0, on three kinds of way there; 8 components of 4 channels.
+    """Source 0.01 to 1, logstd -3 to 1, t from the source to 0, on three ways there; 8 components of 4 channels.
 
-    Error: norm of the difference over the norm of the true velocity, per sample. Inputs are float32 numbers, so that only the
-    arithmetic is measured.
+    Error: norm of the difference over the norm of the true velocity, per sample. Inputs are float32 numbers, so that
+    only the arithmetic is measured.
     """
     parts = [1.0, 0.999, 0.9, 0.5, 0.1, 0.03, 1e-2, 1e-3]
     pairs = [(s, t) for s in (0.01, 0.05, 0.3, 0.7, 0.95, 1.0) for t in [*(s * part for part in parts), 1e-6, 0.0]]
     cases = [(s, t, logstd) for s, t in pairs for logstd in (-3.0, -2.0, -1.0, 0.0, 1.0)]
-    arrays = gm_arrays([c[0] for c in cases], components=8, channels=4, space=(2, 1), logstd=[c[2] for c in cases], seed=27)
+    arrays = gm_arrays(
+        [c[0] for c in cases], components=8, channels=4, space=(2, 1), logstd=[c[2] for c in cases], seed=27
+    )
     sigma_B = torch.tensor([c[1] for c in cases])
     arrays = arrays.to(torch.float32)
     exact_inputs = (arrays.to(F64), sigma_B.double())
-    states = [states_towards_components(*exact_inputs, seed=28), states_between_components(*exact_inputs, seed=33),
-              states_on_path(*exact_inputs)]  # fmt: skip
+    states = [
+        states_towards_components(*exact_inputs, seed=28),
+        states_between_components(*exact_inputs, seed=33),
+        states_on_path(*exact_inputs),
+    ]
     errors = []
     for x in states:
         got = package_velocity(arrays, x.float(), sigma_B)
@@ -199,7 +218,9 @@ def test_float32_typical_and_worst_corner():
     worst = cases[int(errors.argmax()) % len(cases)]
     assert errors.max() < 2e-4, f"worst {errors.max():.1e} at (s, t, logstd) = {worst}"
     assert errors.quantile(0.9) < 1e-5, f"nine in ten below {errors.quantile(0.9):.1e}"
-    print(f"float32: median {errors.median():.1e}, 90 % {errors.quantile(0.9):.1e}, worst {errors.max():.1e} at {worst}")
+    print(
+        f"float32: median {errors.median():.1e}, 90 % {errors.quantile(0.9):.1e}, worst {errors.max():.1e} at {worst}"
+    )
 
 
 def test_low_precision_inputs_are_computed_in_float32():

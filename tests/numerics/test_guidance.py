@@ -13,7 +13,9 @@ SIGMA_B = torch.tensor([0.95, 0.7, 0.35, 0.05], dtype=F64)
 
 
 def reference(scales, **options):
-    return torch.stack([guided(U_COND[b], U_UNCOND[b], scales[b], X[b], SIGMA_B[b].item(), **options) for b in range(4)])
+    return torch.stack(
+        [guided(U_COND[b], U_UNCOND[b], scales[b], X[b], SIGMA_B[b].item(), **options) for b in range(4)]
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5, 4.0])

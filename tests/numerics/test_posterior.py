@@ -48,7 +48,7 @@ def test_x0_posterior_mean_against_samples_of_the_law(sigma):
 
 
 def test_one_policy_from_noise_draws_the_law():
-    """K = 3 components fitted at sigma = 1, 20,000 pixels of noise, one rollout: mean, covariance and shares of the law."""
+    """K = 3 components fitted at sigma = 1, 20,000 pixels of noise, one rollout: the law's moments and shares."""
     side = 142
     x = normal(1, 2, side, side, seed=9)
     one = torch.ones(1, dtype=F64)
@@ -57,7 +57,9 @@ def test_one_policy_from_noise_draws_the_law():
     points = end[0].flatten(1).T
     mean = (LAW.weights[:, None] * LAW.centres).sum(0)
     offsets = LAW.centres - mean
-    covariance = (LAW.weights[:, None, None] * offsets[:, :, None] * offsets[:, None]).sum(0) + LAW.std**2 * torch.eye(2)
+    covariance = (LAW.weights[:, None, None] * offsets[:, :, None] * offsets[:, None]).sum(0) + LAW.std**2 * torch.eye(
+        2
+    )
     torch.testing.assert_close(points.mean(0), mean, rtol=0, atol=0.03)
     torch.testing.assert_close(points.T.cov(), covariance, rtol=0, atol=0.04)
     nearest = torch.cdist(points, LAW.centres).argmin(1)
@@ -72,7 +74,9 @@ def test_rollout_of_the_policy_is_the_true_ode():
     x = normal(1, 2, 4, 4, seed=10)
     one = torch.ones(1, dtype=F64)
     schedule = FlowSchedule(shift=1.0)
-    end, _ = rollout(LAW.network(x, one).package(), x, one, torch.tensor([0.25], dtype=F64), schedule, total_substeps=64)
+    end, _ = rollout(
+        LAW.network(x, one).package(), x, one, torch.tensor([0.25], dtype=F64), schedule, total_substeps=64
+    )
     want = x
     for i in range(48):
         want = want - LAW.velocity(want, torch.tensor([1 - i / 64], dtype=F64)) / 64

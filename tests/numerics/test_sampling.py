@@ -43,8 +43,19 @@ def expected(x, predict, nfe, seeds, *, h=0.0, temperature=1.0, last_scale=0.5, 
         def noise(shape=x_one.shape, generator=generator):
             return torch.randn(shape, generator=generator, dtype=x.dtype).double()
 
-        ends.append(sample(predict, x_one.double(), SHIFT, nfe, last_scale=last_scale, total_substeps=total_substeps,
-                           temperature=temperature, h=h, noise=noise))  # fmt: skip
+        ends.append(
+            sample(
+                predict,
+                x_one.double(),
+                SHIFT,
+                nfe,
+                last_scale=last_scale,
+                total_substeps=total_substeps,
+                temperature=temperature,
+                h=h,
+                noise=noise,
+            )
+        )
     return torch.stack(ends)
 
 
@@ -84,8 +95,10 @@ def test_segment_sizes_and_substeps(last_scale, total_substeps):
     assert relative_error_B(got, want).max() < 1e-9
 
 
-@pytest.mark.parametrize("nfe, temperature, as_number", [(4, 0.3, 0.3), (4, "auto", 0.3), (2, "auto", 0.1), (1, "auto", 1.0),
-                                                         (12, "auto", 1.0), (8, "auto", 0.7)])  # fmt: skip
+@pytest.mark.parametrize(
+    "nfe, temperature, as_number",
+    [(4, 0.3, 0.3), (4, "auto", 0.3), (2, "auto", 0.1), (1, "auto", 1.0), (12, "auto", 1.0), (8, "auto", 0.7)],
+)
 def test_temperature_at_every_step_but_the_last(nfe, temperature, as_number):
     x = normal(BATCH, 2, 2, 2, seed=5)
     got = policy_sample(gm_student, x, SCHEDULE, nfe, temperature=temperature)
@@ -156,8 +169,7 @@ def test_float32():
 
 
 def test_noise_of_the_sde_has_the_right_size():
-    """h = inf, two steps, a student that always says x_0 = 0: the end is the second step's own x_dst, near 0 for every noise,
-    and with the last policy's end read off before it, the renoised state has the spread sigma_to."""
+    """h = inf, two steps, a student that always says x_0 = 0: the state between them is sigma_to times fresh noise."""
     states = []
 
     def student(x_BCHW, sigma_B, tau_B):

@@ -32,12 +32,13 @@ def write_samples(
         "source": f"outputs/demo/{kind}",
         "kind": kind,
         "nfe" if kind == "student" else "steps": steps,
-        "guidance": None if kind == "student" else 2.0,
         "seconds": seconds,
         "images": len(prompts),
-        "network_evaluations": steps * evaluations_per_step * len(prompts),
+        "network_evaluations": steps * evaluations_per_step,
         "dataset": "outputs/demo/data",
     }
+    if kind == "teacher":
+        meta["guidance"] = 2.0
     (path / "meta.json").write_text(json.dumps(meta))
     return path
 

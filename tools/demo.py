@@ -1,0 +1,182 @@
+"""The demo: python tools/demo.py [variant=gmm|dx|datafree] [quick=true] [out=outputs/demo]. `make demo` calls it.
+
+Digits -> MDS shards -> teacher -> student on 2 ZeRO-3 processes -> samples -> report. Finished stages are kept; a stage that
+was interrupted goes on where it was; a stage whose settings changed is made again, and all after it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from data_pipeline.settings import list_settings, parse_settings
+from piflow_dist.checkpoint.files import write_atomic
+from piflow_dist.cli import run_tool
+from piflow_dist.config import ConfigError, load_config, require_choice
+from piflow_dist.launch.console import console
+from piflow_dist.launch.local import WorkerFailed
+from piflow_dist.tracking.tracker import tracking_uri, ui_command
+
+TOOLS = Path(__file__).resolve().parent
+NFE = 4
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    variant: str = "gmm"
+    """gmm (GMFlow policy), dx (DX policy) or datafree (GMFlow, trained from noise alone)."""
+    quick: bool = False
+    """A few steps and images: does everything run? The pictures will be poor."""
+    out: str = "outputs/demo"
+
+    def __post_init__(self):
+        require_choice("variant", self.variant, ("gmm", "dx", "datafree"))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. What it makes is fresh while the command, its settings and the stages before it are the same."""
+
+    name: str
+    title: str
+    arguments: list[str]
+    makes: Path
+    settings: str = ""
+
+
+def train_stage(name: str, title: str, experiment: str, folder: Path, overrides: list[str]) -> Stage:
+    arguments = [f"experiment={experiment}", f"run_dir={folder}", *overrides]
+    settings = OmegaConf.to_yaml(OmegaConf.structured(load_config(arguments)))
+    return Stage(name, title, ["launch.py", *arguments], folder, settings)
+
+
+def sample_stage(name: str, title: str, source: Path, samples: Path, count: int, overrides: list[str]) -> Stage:
+    images = [f"images_per_prompt={count}", "seed=2024", "launch.processes=2", "overwrite=true"]
+    folder = samples / name
+    return Stage(name, title, ["sample.py", f"source={source}", f"out={folder}", *images, *overrides], folder)
+
+
+def plan(config: DemoConfig) -> list[Stage]:
+    out, quick, student_name = Path(config.out), config.quick, f"student_{config.variant}"
+    data, teacher, student, samples = out / "data", out / "teacher", out / student_name, out / "samples"
+    teacher_steps, student_steps, images, long = ([40, 20, 10, 20] if quick else [None, None, 50, 100])
+    common = [f"data.root={data}"]
+    stages = [
+        Stage("data", "5,000 digits -> DALI -> MDS shards", ["prepare_data.py", "source=digits", f"out={data}"], data),
+        train_stage("teacher", "teacher: flow matching", "demo_teacher", teacher, common + steps(teacher_steps)),
+        train_stage(
+            student_name,
+            f"student: imitation at {NFE} NFE",
+            f"demo_{config.variant}",
+            student,
+            [*common, f"distill.teacher={teacher}", f"distill.nfe={NFE}", *steps(student_steps)],
+        ),
+    ]
+    for count in (long, 8, 4):
+        overrides = [f"steps={count}", "guidance=2"]
+        title = f"samples: teacher, {count} steps"
+        stages.append(sample_stage(f"teacher_{count}", title, teacher, samples, images, overrides))
+    title = f"samples: student, {NFE} NFE"
+    stages.append(sample_stage(f"{student_name}_{NFE}", title, student, samples, images, [f"nfe={NFE}"]))
+    stages.append(report_stage(config, student, long))
+    return stages
+
+
+def report_stage(config: DemoConfig, student: Path, long: int) -> Stage:
+    out = Path(config.out)
+    name = "report" if config.variant == "gmm" else f"report_{config.variant}"
+    sources = [f"teacher_{long}", "teacher_8", "teacher_4", f"{student.name}_{NFE}"]
+    arguments = [
+        f"run={out}",
+        f"name={name}",
+        f"student={student}",
+        f"sources={','.join(sources)}",
+        f"reference={sources[0]}",
+        f"cache={out / 'feature_net'}",
+        f"mlflow={ui_command(tracking_uri(load_config([f'experiment=demo_{config.variant}', f'run_dir={student}'])))}",
+    ]
+    return Stage(name, "evaluation and report", ["report.py", *arguments], out / f"{name}.html")
+
+
+def steps(count: int | None) -> list[str]:
+    return [] if count is None else [f"train.steps={count}", "ema.start_step=5", f"checkpoint.every={count // 2}"]
+
+
+def run_stage(stage: Stage, digest: str, records: Path) -> None:
+    """Run a stage's command unless its record says that it is finished."""
+    record = records / f"{stage.name}.json"
+    found = json.loads(record.read_text()) if record.exists() else {}
+    if found.get("digest") == digest and found.get("done") and stage.makes.exists():
+        console.print(f"[green]✓[/] {stage.title} (done before, {found['seconds']:.0f} s)")
+        return
+    if found and found.get("digest") != digest and stage.makes.is_dir():
+        console.print(f"[yellow]settings changed:[/] {stage.makes} is made again")
+        shutil.rmtree(stage.makes)
+        found = {}
+    console.print(f"[bold]▶ {stage.title}[/]")
+    before, began = found.get("seconds", 0.0), time.monotonic()
+    write_atomic(record, json.dumps({"digest": digest, "done": False, "seconds": before}))
+    code = 1
+    try:
+        code = run_tool_process(stage.arguments)
+    finally:
+        seconds = before + time.monotonic() - began
+        write_atomic(record, json.dumps({"digest": digest, "done": code == 0, "seconds": seconds}))
+    if code in (130, -2):
+        raise KeyboardInterrupt
+    if code != 0:
+        raise WorkerFailed(f"Stage {stage.name} failed (exit code {code}). The same command continues from here.")
+    console.print(f"[green]✓[/] {stage.title} ({seconds:.0f} s)")
+
+
+def run_tool_process(arguments: list[str]) -> int:
+    process = subprocess.Popen([sys.executable, str(TOOLS / arguments[0]), *arguments[1:]])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue  # Ctrl-C reached the tool too: let it end its processes before we go
+
+
+def write_timings(stages: list[Stage], records: Path, path: Path) -> None:
+    found = {stage.title: records / f"{stage.name}.json" for stage in stages}
+    timings = {title: json.loads(record.read_text())["seconds"] for title, record in found.items() if record.exists()}
+    write_atomic(path, json.dumps(timings, indent=1))
+
+
+def demo(arguments: list[str]) -> None:
+    try:
+        config = parse_settings(DemoConfig, arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    out = Path(config.out)
+    records = out / ".stages"
+    try:
+        records.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written: {error.strerror}. Choose another folder.") from error
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    stages, digest = plan(config), ""
+    for stage in stages:
+        text = json.dumps([digest, stage.arguments, stage.settings])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if stage is stages[-1]:
+            write_timings(stages, records, out / "timings.json")
+        run_stage(stage, digest, records)
+    report = stages[-1].makes
+    console.print(f"\n[bold]Report:[/] {report} and {report.with_suffix('.md')}", soft_wrap=True)
+    console.print(f"[bold]Runs:[/]   {stages[-1].arguments[-1].removeprefix('mlflow=')}", soft_wrap=True)
+    console.print("[bold]Next:[/]   make demo DEMO=dx, make demo DEMO=datafree; docs/ has one page per task.")
+
+
+if __name__ == "__main__":
+    run_tool(demo, sys.argv[1:], f"{__doc__}\n{list_settings(DemoConfig)}")
