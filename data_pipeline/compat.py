@@ -8,6 +8,7 @@ registrations are skipped.
 
 import importlib.util
 import sys
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ def repair_torchvision() -> None:
         return
     register_fake = torch.library.register_fake
 
-    def register_unless_missing(op, *args, **kwargs):
+    def register_unless_missing(op: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(op, str) and op.startswith("torchvision::"):
             return lambda function: function
         return register_fake(op, *args, **kwargs)

@@ -73,7 +73,7 @@ class Decoder:
             device_id=self._device_id if on_gpu else None,
             prefetch_queue_depth=1,
         )
-        def decode_pipeline():
+        def decode_pipeline() -> Any:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             return fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=colour)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.prompts import load_prompt_encoder
-from data_pipeline.stream import LatentStream, load_description
+from data_pipeline.description import load_description
+from data_pipeline.stream import LatentStream
 from piflow_dist.checkpoint.reader import load_checkpoint
 from piflow_dist.checkpoint.sharded import find_checkpoint, save_checkpoint
 from piflow_dist.config import Config, read_config

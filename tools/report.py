@@ -40,5 +40,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    defaults = f"Options and their defaults (piflow_dist/evaluation/report.py explains them):\n{list_settings(ReportConfig)}"
+    defaults = (
+        f"Options and their defaults (piflow_dist/evaluation/report.py explains them):\n{list_settings(ReportConfig)}"
+    )
     run_tool(main, sys.argv[1:], f"{__doc__}\n{defaults}")

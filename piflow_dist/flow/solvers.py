@@ -18,6 +18,8 @@ Progress = Callable[[int, int], object]
 class SampledPolicy(Protocol):
     """What sampling asks of a policy; GMFlowPolicy and DXPolicy have it."""
 
+    has_temperature: bool
+
     def with_temperature(self, temperature: float) -> "SampledPolicy": ...
 
     def rollout(self, x_BCHW: Tensor, tau_start_B: Tensor, tau_end_B: Tensor, schedule: FlowSchedule,
@@ -51,7 +53,8 @@ def policy_sample(predict_policy: Callable[[Tensor, Tensor, Tensor], SampledPoli
     """Sample x_0 from noise with nfe network evaluations, each followed by a policy rollout.
 
     predict_policy(x_BCHW, sigma_B, tau_B) -> policy: the network.
-    temperature: of a GM policy, at every step but the last; "auto" is 0.1 (nfe - 1), at most 1. DX takes 1 only.
+    temperature: at every step but the last; "auto" is 0.1 (nfe - 1), at most 1, for policies that have a temperature
+    (GM). A DX policy has none: "auto" leaves it alone, a number other than 1 is a ValueError.
     h: noise of the flow-map SDE; 0 is the ODE, inf draws all noise afresh at each step.
     generators: one per sample, so that an image does not depend on its batch; None draws from torch's own generator.
     Raises ValueError for nfe below trained_nfe: segments would be longer than any the student has seen.
@@ -63,7 +66,7 @@ def policy_sample(predict_policy: Callable[[Tensor, Tensor, Tensor], SampledPoli
         raise ValueError(f"{len(generators)} generators for {len(x_BCHW)} samples: pass one per sample, or None.")
     if not h >= 0:
         raise ValueError(f"h={h}: the noise of the flow-map SDE is 0 (none) or more. Set h to 0 for the ODE.")
-    temperature = _temperature(temperature, nfe)
+    number = _temperature(temperature, nfe)
     x_BCHW = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32))
 
     def times(value: float) -> Tensor:
@@ -74,8 +77,8 @@ def policy_sample(predict_policy: Callable[[Tensor, Tensor, Tensor], SampledPoli
         sigma_src, sigma_to = schedule.warp(taus[i]), schedule.warp(taus[i + 1])
         kept, sigma_dst = flow_map_step(sigma_src, sigma_to, h)
         policy = predict_policy(x_BCHW, times(sigma_src), times(taus[i]))
-        if i < nfe - 1:
-            policy = policy.with_temperature(temperature)
+        if i < nfe - 1 and (policy.has_temperature or temperature != "auto"):
+            policy = policy.with_temperature(number)
         x_BCHW, _ = policy.rollout(x_BCHW, times(taus[i]), times(schedule.unwarp(sigma_dst)), schedule, total_substeps)
         if kept < 1 and sigma_to > 0:
             noise_BCHW = _noise_like(x_BCHW, generators)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from data_pipeline.stream import load_description
+from data_pipeline.description import load_description
 from piflow_dist.checkpoint.files import newest_complete
 from piflow_dist.config import Config, ConfigError, read_config, require
 

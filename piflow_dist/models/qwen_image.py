@@ -1,63 +1,202 @@
-"""Qwen-Image's MMDiT as one plain module: latent in, velocity or policy parameters out.
+"""Qwen-Image's MMDiT (a dual-stream diffusion transformer over image and text tokens) as one plain module.
 
-The layers are diffusers' own, so that names and arithmetic are those of the published checkpoints. The forward pass over
-them is ours: it ends in a head of `heads.py` (which a teacher and its students do not share) that also sees the time
-embedding, and it calls the blocks the way DeepSpeed wants. A test compares it with diffusers' forward.
+Written afresh: importing diffusers' model costs ten seconds a process, and the engine wants blocks it can hook. Parameter
+names and arithmetic are those of diffusers' QwenImageTransformer2DModel, and tests/numerics/test_qwen_image.py holds this
+module to it, forward and gradients. The output projection is a head of `heads.py`, which teacher and students do not share.
+
+B batch, C latent channels, H W latent size, T image tokens, L text tokens, S = L + T, D width, N heads, E head width.
 """
 
+import math
+from functools import lru_cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.compat import repair_torchvision
 from piflow_dist.config import ModelConfig, PolicyConfig
 from piflow_dist.models.heads import PATCH, VelocityHead, build_policy_head, pack
 
-repair_torchvision()
-from diffusers import QwenImageTransformer2DModel  # noqa: E402  (imports torchvision)
-from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock  # noqa: E402
+EPS = 1e-6
+TIME_CHANNELS = 256
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of 1000 sigma and a two-layer MLP: (B,) -> (B,D)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.timestep_embedder = nn.Module()
+        self.timestep_embedder.linear_1 = nn.Linear(TIME_CHANNELS, width)
+        self.timestep_embedder.linear_2 = nn.Linear(width, width)
+
+    def forward(self, sigma_B: Tensor, dtype: torch.dtype) -> Tensor:
+        # The published model rounds the noise level to the network's dtype before the sinusoids.
+        half = TIME_CHANNELS // 2
+        frequencies = torch.exp(torch.arange(half, device=sigma_B.device) * (-math.log(10_000) / half))
+        angles = 1000 * sigma_B.to(dtype).float()[:, None] * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+        embedder = self.timestep_embedder
+        return embedder.linear_2(F.silu(embedder.linear_1(waves)))
+
+
+@lru_cache(maxsize=64)
+def rotary_angles(
+    height: int, width: int, text_length: int, axes: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, (S, E/2), text tokens first: image positions are centred, text runs on from the image's edge."""
+    rows = torch.arange(height, device=device) - (height - height // 2)
+    columns = torch.arange(width, device=device) - (width - width // 2)
+    image_T3 = torch.stack(
+        [torch.zeros(height, width, device=device), *torch.meshgrid(rows.float(), columns.float(), indexing="ij")], -1
+    ).reshape(-1, 3)
+    start = max(height // 2, width // 2)
+    text_L3 = torch.arange(start, start + text_length, device=device).float()[:, None].expand(-1, 3)
+    position_S3 = torch.cat([text_L3, image_T3])
+    angles = [
+        position_S3[:, axis, None] / 10_000 ** (torch.arange(0, dim, 2, device=device).float() / dim)
+        for axis, dim in enumerate(axes)
+    ]
+    angles_SE = torch.cat(angles, dim=-1)
+    return angles_SE.cos(), angles_SE.sin()
+
+
+def rotate(x_BSNE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate neighbouring pairs of channels, in float32."""
+    cos, sin = (table[:, None] for table in rotary)
+    a, b = x_BSNE.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x_BSNE)
+
+
+class JointAttention(nn.Module):
+    """Text and image tokens attend to one another, each stream through its own projections."""
+
+    def __init__(self, width: int, heads: int, head_width: int):
+        super().__init__()
+        self.heads = heads
+        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+            setattr(self, name, nn.Linear(width, width))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_add_out = nn.Linear(width, width)
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            setattr(self, name, nn.RMSNorm(head_width, eps=EPS))
+
+    def forward(
+        self, image_BTD: Tensor, text_BLD: Tensor, mask_B11S: Tensor | None, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.heads, -1))
+
+        q_text, k_text = self.norm_added_q(heads(self.add_q_proj(text_BLD))), heads(self.add_k_proj(text_BLD))
+        q_image, k_image = self.norm_q(heads(self.to_q(image_BTD))), heads(self.to_k(image_BTD))
+        q_BSNE = torch.cat([q_text, q_image], dim=1)
+        k_BSNE = torch.cat([self.norm_added_k(k_text), self.norm_k(k_image)], dim=1)
+        v_BSNE = torch.cat([heads(self.add_v_proj(text_BLD)), heads(self.to_v(image_BTD))], dim=1)
+        q_BSNE, k_BSNE = rotate(q_BSNE, rotary), rotate(k_BSNE, rotary)
+        out_BNSE = F.scaled_dot_product_attention(
+            q_BSNE.transpose(1, 2), k_BSNE.transpose(1, 2), v_BSNE.transpose(1, 2), attn_mask=mask_B11S
+        )
+        out_BSD = out_BNSE.transpose(1, 2).flatten(2)
+        text_out, image_out = out_BSD.split([text_BLD.shape[1], image_BTD.shape[1]], dim=1)
+        return self.to_out[0](image_out), self.to_add_out(text_out)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh approximation), linear; the names are diffusers'."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        up = nn.Module()
+        up.proj = nn.Linear(width, 4 * width)
+        self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Both streams: modulated attention and MLP, each added through a gate that the noise level sets."""
+
+    def __init__(self, width: int, heads: int, head_width: int):
+        super().__init__()
+        self.img_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.txt_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.attn = JointAttention(width, heads, head_width)
+        self.img_mlp, self.txt_mlp = Mlp(width), Mlp(width)
+
+    def forward(
+        self,
+        image_BTD: Tensor,
+        text_BLD: Tensor,
+        mask_B11S: Tensor | None,
+        temb_BD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        image_mod, text_mod = (mod(temb_BD)[:, None].chunk(6, dim=-1) for mod in (self.img_mod, self.txt_mod))
+        image_out, text_out = self.attn(
+            modulate(image_BTD, *image_mod[:2]), modulate(text_BLD, *text_mod[:2]), mask_B11S, rotary
+        )
+        image_BTD = image_BTD + image_mod[2] * image_out
+        text_BLD = text_BLD + text_mod[2] * text_out
+        image_BTD = image_BTD + image_mod[5] * self.img_mlp(modulate(image_BTD, *image_mod[3:5]))
+        text_BLD = text_BLD + text_mod[5] * self.txt_mlp(modulate(text_BLD, *text_mod[3:5]))
+        return image_BTD, text_BLD
+
+
+def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    return F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=EPS) * (1 + scale_B1D) + shift_B1D
+
+
+class FinalNorm(nn.Module):
+    """Layer norm modulated by the time embedding (scale first, unlike the blocks)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, 2 * width)
+
+    def forward(self, x_BTD: Tensor, temb_BD: Tensor) -> Tensor:
+        scale_B1D, shift_B1D = self.linear(F.silu(temb_BD))[:, None].chunk(2, dim=-1)
+        return modulate(x_BTD, shift_B1D, scale_B1D)
 
 
 class QwenImage(nn.Module):
     """forward(x_BCHW, sigma_B, text_BLD, mask_BL) -> what the head returns.
 
+    sigma is the noise level in [0, 1] (diffusers' timestep / 1000); mask is boolean over the padded text, or None.
     leaf_modules: what a sharding engine should gather as one piece.
-    sigma is the noise level in [0, 1] (diffusers' timestep / 1000); mask is boolean over the padded text.
     """
 
-    leaf_modules = (QwenImageTransformerBlock,)
+    leaf_modules = (Block,)
 
     def __init__(self, config: ModelConfig, head: nn.Module):
         super().__init__()
-        self.transformer = QwenImageTransformer2DModel(
-            patch_size=PATCH,
-            in_channels=config.latent_channels * PATCH * PATCH,
-            out_channels=config.latent_channels,
-            num_layers=config.num_layers,
-            attention_head_dim=config.attention_head_dim,
-            num_attention_heads=config.num_attention_heads,
-            joint_attention_dim=config.joint_attention_dim,
-            axes_dims_rope=tuple(config.axes_dims_rope),
+        width = config.width
+        self.axes = tuple(config.axes_dims_rope)
+        self.time_text_embed = TimestepEmbedder(width)
+        self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=EPS)
+        self.img_in = nn.Linear(config.latent_channels * PATCH * PATCH, width)
+        self.txt_in = nn.Linear(config.joint_attention_dim, width)
+        self.transformer_blocks = nn.ModuleList(
+            Block(width, config.num_attention_heads, config.attention_head_dim) for _ in range(config.num_layers)
         )
-        self.transformer.proj_out = nn.Identity()
+        self.norm_out = FinalNorm(width)
         self.head = head
         # Nothing reads the text tokens that leave the last block, so these never get a gradient.
-        last = self.transformer.transformer_blocks[-1]
+        last = self.transformer_blocks[-1]
         for unused in (last.attn.to_add_out, last.txt_mlp):
             unused.requires_grad_(False)
 
     def forward(self, x_BCHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, mask_BL: Tensor | None):
-        trunk, (H, W) = self.transformer, x_BCHW.shape[-2:]
-        dtype = trunk.img_in.weight.dtype
-        image_BTD = trunk.img_in(pack(x_BCHW.to(dtype)))
-        text_BLD = trunk.txt_in(trunk.txt_norm(text_BLD.to(dtype)))
-        temb_BD = trunk.time_text_embed(sigma_B.to(dtype), image_BTD)
-        rope = trunk.pos_embed(
-            [(1, H // PATCH, W // PATCH)], max_txt_seq_len=text_BLD.shape[1], device=image_BTD.device
-        )
-        for block in trunk.transformer_blocks:
-            # Positional: DeepSpeed's hooks on whole blocks do not see keyword arguments, and free their weights too early.
-            text_BLD, image_BTD = block(image_BTD, text_BLD, mask_BL, temb_BD, rope)
-        return self.head(trunk.norm_out(image_BTD, temb_BD), temb_BD, (H, W))
+        dtype, (H, W) = self.img_in.weight.dtype, x_BCHW.shape[-2:]
+        image_BTD = self.img_in(pack(x_BCHW.to(dtype)))
+        text_BLD = self.txt_in(self.txt_norm(text_BLD.to(dtype)))
+        temb_BD = self.time_text_embed(sigma_B, dtype)
+        rotary = rotary_angles(H // PATCH, W // PATCH, text_BLD.shape[1], self.axes, x_BCHW.device)
+        mask_B11S = None if mask_BL is None else F.pad(mask_BL, (0, image_BTD.shape[1]), value=True)[:, None, None]
+        for block in self.transformer_blocks:
+            # Positional arguments: the hooks of DeepSpeed on whole blocks do not see others, and free weights too early.
+            image_BTD, text_BLD = block(image_BTD, text_BLD, mask_B11S, temb_BD, rotary)
+        return self.head(self.norm_out(image_BTD, temb_BD), temb_BD, (H, W))
 
 
 def build_teacher(config: ModelConfig, seed: int) -> QwenImage:
@@ -65,10 +204,9 @@ def build_teacher(config: ModelConfig, seed: int) -> QwenImage:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = QwenImage(config, VelocityHead(config.width, config.latent_channels))
+    modulations = [layer for block in model.transformer_blocks for layer in (block.img_mod[1], block.txt_mod[1])]
     with torch.no_grad():
-        blocks = model.transformer.transformer_blocks
-        modulations = [layer for block in blocks for layer in (block.img_mod[1], block.txt_mod[1])]
-        for linear in (*modulations, model.transformer.norm_out.linear, model.head.proj_out):
+        for linear in (*modulations, model.norm_out.linear, model.head.proj_out):
             linear.weight.zero_()
             linear.bias.zero_()
     return model
@@ -81,6 +219,8 @@ def build_student(teacher: QwenImage, config: ModelConfig, policy: PolicyConfig,
         torch.manual_seed(seed)
         head = build_policy_head(config.width, config.latent_channels, policy)
         student = QwenImage(config, head)
-    student.transformer.load_state_dict(teacher.transformer.state_dict())
+    trunk = {name: value for name, value in teacher.state_dict().items() if not name.startswith("head.")}
+    missing = student.load_state_dict(trunk, strict=False).missing_keys
+    assert all(name.startswith("head.") for name in missing), missing
     head.init_from_teacher(teacher.head, generator)
     return student

@@ -31,6 +31,8 @@ class DXPolicy:
     Computes in float32, or in float64 where out or x_src are. Raises ValueError for shapes that do not fit.
     """
 
+    has_temperature = False
+
     def __init__(self, out_BNCHW: Tensor, x_src_BCHW: Tensor, sigma_src_B: Tensor | float,
                  segment_size: float = 1 / 3.5, shift: float = 3.2, mode: Mode = "grid"):
         shape = tuple(x_src_BCHW.shape)

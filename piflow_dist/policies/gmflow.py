@@ -79,6 +79,8 @@ class GMFlowPolicy:
     Raises ValueError for shapes that do not fit, sigma_src outside (0, 1], and a pixel without any component.
     """
 
+    has_temperature = True
+
     def __init__(self, means_BKCHW: Tensor, logstds_B1111: Tensor, logweights_BK1HW: Tensor, x_src_BCHW: Tensor,
                  sigma_src_B: Tensor | float):
         _check_shapes(means_BKCHW, logstds_B1111, logweights_BK1HW, x_src_BCHW)

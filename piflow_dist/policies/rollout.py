@@ -100,18 +100,27 @@ def substep_grid(policy: Policy, x_BCHW: Tensor, tau_start_B: Tensor | float, ta
     if bad:
         raise ValueError(f"cannot roll out from tau_start={start_B.tolist()} to tau_end={end_B.tolist()}: time runs "
                          f"from noise (1) to the image (0). Check that tau_start <= 1 and tau_end <= tau_start.")
-    substeps = counts[0] if counts else 0
-    share_NB = torch.arange(substeps + 1, dtype=torch.float64, device=x_BCHW.device)[:, None] / count_B.clamp(min=1)
-    tau_NB = (start_B - (start_B - end_B) * share_NB.clamp(max=1)).clamp(min=0)
+    node_N1 = torch.arange(max(counts, default=0) + 1, dtype=torch.float64, device=x_BCHW.device).unsqueeze(1)
+    share_NB = (node_N1 / count_B.clamp(min=1)).clamp(max=1)
+    tau_NB = (start_B - (start_B - end_B) * share_NB).clamp(min=0)
     sigma_NB = schedule.warp(tau_NB)
     step_NB = sigma_NB.diff(dim=0)
     if unit_single_steps:
         step_NB = torch.where(count_B == 1, torch.zeros_like(step_NB), step_NB)
         step_NB[0] = torch.where(count_B == 1, torch.ones_like(step_NB[0]), step_NB[0])
     return SubstepGrid(sigma_NB=sigma_NB[:-1], step_NB=step_NB, sigma_start_B=sigma_NB[0], sigma_end_B=sigma_NB[-1],
-                       delta_B=step_NB.sum(0),
-                       order_B=order_B if counts and counts[0] != counts[-1] else None,
-                       active=[sum(count > n for count in counts) for n in range(substeps)], at_source=at_source)
+                       delta_B=step_NB.sum(0), order_B=order_B if len(set(counts)) > 1 else None,
+                       active=_active_samples(counts), at_source=at_source)
+
+
+def _active_samples(falling_counts: list[int]) -> list[int]:
+    """For each substep, how many samples take it."""
+    active, m = [], len(falling_counts)
+    for n in range(max(falling_counts, default=0)):
+        while falling_counts[m - 1] <= n:
+            m -= 1
+        active.append(m)
+    return active
 
 
 def _read_counts(policy: Policy, x_BCHW: Tensor, start_B: Tensor, length_B: Tensor, count_B: Tensor,
@@ -131,7 +140,7 @@ def _read_counts(policy: Policy, x_BCHW: Tensor, start_B: Tensor, length_B: Tens
 
 
 def per_sample(time: Tensor | float, x_BCHW: Tensor) -> Tensor:
-    """Times or noise levels as (B,) on x's device, in float32 at least. time: a float, or a tensor of 1 or B numbers."""
+    """Times or noise levels as (B,) on x's device, in float32 at least. time: a float, or a tensor of 1 or B."""
     if not isinstance(time, Tensor):
         return x_BCHW.new_full((len(x_BCHW),), time, dtype=torch.float64)    # no copy from the host, so no waiting
     time_B = time.to(x_BCHW.device, torch.promote_types(time.dtype, torch.float32)).flatten()

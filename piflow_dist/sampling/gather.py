@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import ConfigError
-from piflow_dist.sampling.sampler import part_path
-from piflow_dist.sampling.settings import SampleRequest
+from piflow_dist.sampling.settings import SampleRequest, part_path
 
 REQUEST, META, MANIFEST, SAMPLES = "request.json", "meta.json", "manifest.jsonl", "samples.safetensors"
 

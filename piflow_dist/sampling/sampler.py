@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.codec import Codec, load_codec
 from data_pipeline.prompts import load_prompt_encoder, pad_prompts
-from data_pipeline.stream import load_description
+from data_pipeline.description import load_description
 from piflow_dist.config import GuidanceConfig, read_config
 from piflow_dist.distill.objectives import Batch, TeacherVelocity, base_segment, build_schedule
 from piflow_dist.flow.schedule import FlowSchedule
@@ -26,11 +26,7 @@ from piflow_dist.launch.console import StepProgress
 from piflow_dist.models.heads import make_policy
 from piflow_dist.models.pretrained import load_model
 from piflow_dist.parallel.topology import choose_device, die_with_parent
-from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request
-
-
-def part_path(out: Path, part: int) -> Path:
-    return out / "parts" / f"part_{part:05d}.safetensors"
+from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request, part_path
 
 
 class Sampler:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from data_pipeline.stream import load_description
+from data_pipeline.description import load_description
 from piflow_dist.checkpoint.files import MANIFEST
 from piflow_dist.config import Config, ConfigError, LaunchConfig, require, require_positive
 from piflow_dist.launch.preflight import read_run_config, resolve_checkpoint
@@ -52,6 +52,10 @@ class SampleConfig:
         if self.temperature != "auto":
             require(0 < number("temperature", self.temperature) <= 1, f"temperature={self.temperature} must lie in (0, 1].")
         require(number("h", self.h) >= 0, f"h={self.h} must be 0 (ODE) or more.")
+
+
+def part_path(out: Path, part: int) -> Path:
+    return out / "parts" / f"part_{part:05d}.safetensors"
 
 
 def number(option: str, text: str) -> float:

@@ -48,7 +48,7 @@ def check_ranks(rank: int, world_size: int, root: Path, want: list[list[str]], s
 
 
 @pytest.mark.parametrize("world_size", [2])
-def test_ranks_share_the_order_of_one_process(tmp_path, world_size):
+def test_ranks_share_the_order_of_one_process(tmp_path: Path, world_size: int) -> None:
     """Nine global batches of 8 from 50 samples, across the end of the first epoch."""
     root = tmp_path / "set"
     write_set(root)

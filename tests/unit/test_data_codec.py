@@ -1,6 +1,7 @@
 """data_pipeline/codec.py: the block transform against scipy, the VAE's normalisation against diffusers' own formula."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def random_images(*shape: int) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def test_block_codec_is_scipys_cosine_transform_of_each_block():
+def test_block_codec_is_scipys_cosine_transform_of_each_block() -> None:
     images_Bchw = random_images(2, 1, 8, 12)
     latents_BCHW = BlockCodec(scale=0.5).encode(images_Bchw)
     assert latents_BCHW.shape == (2, 16, 2, 3)
@@ -25,7 +26,7 @@ def test_block_codec_is_scipys_cosine_transform_of_each_block():
     assert_close(latents_BCHW[1, :, 1, 2].double(), torch.from_numpy(want), rtol=0, atol=1e-6)
 
 
-def test_block_codec_is_orthogonal():
+def test_block_codec_is_orthogonal() -> None:
     images_Bchw = random_images(3, 2, 8, 8)
     latents_BCHW = BlockCodec(image_channels=2).encode(images_Bchw)
     assert latents_BCHW.shape == (3, 32, 2, 2)
@@ -35,7 +36,7 @@ def test_block_codec_is_orthogonal():
 
 
 @pytest.mark.parametrize(("channels", "block"), [(1, 4), (3, 4), (1, 8), (1, 1)])
-def test_block_codec_round_trip(channels: int, block: int):
+def test_block_codec_round_trip(channels: int, block: int) -> None:
     codec = BlockCodec(channels, block, scale=1.7)
     images_Bchw = random_images(2, channels, 16, 24)
     latents_BCHW = codec.encode(images_Bchw)
@@ -43,7 +44,7 @@ def test_block_codec_round_trip(channels: int, block: int):
     assert_close(codec.decode(latents_BCHW), images_Bchw, rtol=0, atol=1e-6)
 
 
-def test_image_channels_do_not_mix():
+def test_image_channels_do_not_mix() -> None:
     codec = BlockCodec(image_channels=3)
     images_Bchw = torch.zeros(1, 3, 4, 4)
     images_Bchw[:, 1] = 1.0
@@ -52,18 +53,18 @@ def test_image_channels_do_not_mix():
     assert latents_C.abs().sum() == latents_C[16]
 
 
-def test_decode_clamps_to_the_range_of_images():
+def test_decode_clamps_to_the_range_of_images() -> None:
     assert BlockCodec().decode(torch.full((1, 16, 1, 1), 9.0)).abs().max() == 1.0
 
 
-def test_descriptions_are_json_and_rebuild_the_codec():
+def test_descriptions_are_json_and_rebuild_the_codec() -> None:
     codec = BlockCodec(3, 4, scale=1.25)
     again = load_codec(json.loads(json.dumps(codec.describe())))
     images_Bchw = random_images(1, 3, 8, 8)
     assert torch.equal(codec.encode(images_Bchw), again.encode(images_Bchw))
 
 
-def test_bad_input_is_named():
+def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="Unknown codec kind 'jpeg'"):
         load_codec({"kind": "jpeg"})
     with pytest.raises(ValueError, match="scale=0"):
@@ -77,7 +78,7 @@ def test_bad_input_is_named():
 
 
 @pytest.fixture(scope="module")
-def tiny_vae_folder(tmp_path_factory) -> str:
+def tiny_vae_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     repair_torchvision()
     from diffusers import AutoencoderKLQwenImage
 
@@ -96,7 +97,7 @@ def tiny_vae_folder(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_qwen_codec_normalises_as_diffusers_does(tiny_vae_folder: str):
+def test_qwen_codec_normalises_as_diffusers_does(tiny_vae_folder: str) -> None:
     codec = QwenImageCodec(tiny_vae_folder)
     images_Bchw = random_images(2, 3, 8, 16)
     latents_BCHW = codec.encode(images_Bchw)
@@ -115,6 +116,6 @@ def test_qwen_codec_normalises_as_diffusers_does(tiny_vae_folder: str):
     assert torch.equal(again.encode(images_Bchw), latents_BCHW)
 
 
-def test_qwen_codec_without_weights(tmp_path):
+def test_qwen_codec_without_weights(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No VAE in .*config.json is missing"):
         QwenImageCodec(tmp_path)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from data_pipeline.description import DatasetDescription, load_description
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import PrepareConfig, prepare
 from data_pipeline.prompts import TokenTableEncoder, load_prompt_encoder, pad_prompts
+from data_pipeline.source import RawSample
 from data_pipeline.stream import read_all
 from data_pipeline.writing import SplitWriter
 
@@ -29,7 +31,7 @@ REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def source(monkeypatch) -> RandomImages:
+def source(monkeypatch: pytest.MonkeyPatch) -> RandomImages:
     images = RandomImages()
     monkeypatch.setattr(prepare_module, "_open_source", lambda config: images)
     return images
@@ -43,7 +45,7 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_a_set_holds_what_went_in(source, tmp_path):
+def test_a_set_holds_what_went_in(source: RandomImages, tmp_path: Path) -> None:
     out = tmp_path / "new" / "data"
     description = run(out)
     assert description.splits == {"train": 40, "test": 8}
@@ -70,13 +72,13 @@ def test_a_set_holds_what_went_in(source, tmp_path):
     assert torch.equal(((decoded_Bchw + 1) * 127.5).round().byte(), pixels_Bchw)
 
 
-def test_training_latents_have_unit_variance(source, tmp_path):
+def test_training_latents_have_unit_variance(source: RandomImages, tmp_path: Path) -> None:
     run(tmp_path / "data")
     latents_BCHW = read_all(tmp_path / "data", "train")["latents"]
     assert_close(latents_BCHW.double().std(correction=0).item(), 1.0, rtol=1e-4, atol=0)
 
 
-def test_a_finished_set_is_found(source, tmp_path):
+def test_a_finished_set_is_found(source: RandomImages, tmp_path: Path) -> None:
     first = run(tmp_path / "data")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
     reads = source.reads
@@ -85,7 +87,7 @@ def test_a_finished_set_is_found(source, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == stamps
 
 
-def test_content_does_not_depend_on_the_batch_size(source, tmp_path):
+def test_content_does_not_depend_on_the_batch_size(source: RandomImages, tmp_path: Path) -> None:
     run(tmp_path / "one")
     run(tmp_path / "two", batch_size=7)
     one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
@@ -95,7 +97,7 @@ def test_content_does_not_depend_on_the_batch_size(source, tmp_path):
     }
 
 
-def test_other_settings_in_the_same_place_are_an_error(source, tmp_path):
+def test_other_settings_in_the_same_place_are_an_error(source: RandomImages, tmp_path: Path) -> None:
     run(tmp_path / "data")
     with pytest.raises(ValueError, match=r"made with prompt_dim=64 \(now 32\).*overwrite=true"):
         run(tmp_path / "data", prompt_dim=32)
@@ -103,14 +105,14 @@ def test_other_settings_in_the_same_place_are_an_error(source, tmp_path):
     assert os.listdir(tmp_path) == ["data"]
 
 
-def test_a_folder_that_is_no_data_set_is_left_alone(source, tmp_path):
+def test_a_folder_that_is_no_data_set_is_left_alone(source: RandomImages, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not a data set"):
         run(tmp_path)
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
-def test_a_damaged_finished_set_is_an_error(source, tmp_path):
+def test_a_damaged_finished_set_is_an_error(source: RandomImages, tmp_path: Path) -> None:
     run(tmp_path / "data")
     (shard,) = (tmp_path / "data" / "train").rglob("*.zstd")
     whole = shard.read_bytes()
@@ -133,14 +135,14 @@ def test_a_damaged_finished_set_is_an_error(source, tmp_path):
         ('{"format": 1, "splits": {}}', "damaged: KeyError"),
     ],
 )
-def test_an_unreadable_description_is_named(source, tmp_path, text, message):
+def test_an_unreadable_description_is_named(source: RandomImages, tmp_path: Path, text: str, message: str) -> None:
     run(tmp_path / "data")
     (tmp_path / "data" / "dataset.json").write_text(text)
     with pytest.raises(DataError, match=f"dataset.json.*{message}"):
         run(tmp_path / "data")
 
 
-def test_an_edited_description_is_noticed(source, tmp_path):
+def test_an_edited_description_is_noticed(source: RandomImages, tmp_path: Path) -> None:
     run(tmp_path / "data")
     path = tmp_path / "data" / "dataset.json"
     content = json.loads(path.read_text())
@@ -150,28 +152,30 @@ def test_an_edited_description_is_noticed(source, tmp_path):
         load_description(tmp_path / "data")
 
 
-def test_without_a_set(tmp_path):
+def test_without_a_set(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No data set in .*prepare_data.py"):
         load_description(tmp_path)
 
 
-def test_a_broken_image_is_named_and_leaves_nothing(monkeypatch, tmp_path):
+def test_a_broken_image_is_named_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(prepare_module, "_open_source", lambda config: RandomImages(broken="test-05"))
     with pytest.raises(DataError, match="Sample test-05"):
         run(tmp_path / "data")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_source_without_images_is_an_error(monkeypatch, source, tmp_path):
+def test_a_source_without_images_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, source: RandomImages, tmp_path: Path
+) -> None:
     monkeypatch.setattr(source, "samples", lambda split: iter(()))
     with pytest.raises(DataError, match="the source has no images"):
         run(tmp_path / "data")
 
 
-def test_ctrl_c_leaves_nothing(monkeypatch, source, tmp_path):
+def test_ctrl_c_leaves_nothing(monkeypatch: pytest.MonkeyPatch, source: RandomImages, tmp_path: Path) -> None:
     samples = source.samples
 
-    def interrupted(split: str):
+    def interrupted(split: str) -> Iterator[RawSample]:
         if split == "test":
             raise KeyboardInterrupt
         return samples(split)
@@ -182,7 +186,7 @@ def test_ctrl_c_leaves_nothing(monkeypatch, source, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_latents_outside_float16_are_an_error(source, tmp_path):
+def test_latents_outside_float16_are_an_error(source: RandomImages, tmp_path: Path) -> None:
     writer = SplitWriter(tmp_path / "train", TokenTableEncoder(["a"]), 1 << 20, keep_images=False)
     latents_BCHW = torch.zeros(3, 1, 2, 2)
     latents_BCHW[1, 0, 1, 1] = 1e6
@@ -190,7 +194,7 @@ def test_latents_outside_float16_are_an_error(source, tmp_path):
         writer.write(list(source.samples("train"))[:3], latents_BCHW)
 
 
-def test_images_of_several_sizes_go_to_several_buckets(monkeypatch, tmp_path):
+def test_images_of_several_sizes_go_to_several_buckets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = RandomImages()
     samples = list(source.samples("train"))
     wide = [type(s)(f"wide-{s.key}", s.caption, png(np.full((8, 16), i, np.uint8))) for i, s in enumerate(samples)]
@@ -203,7 +207,7 @@ def test_images_of_several_sizes_go_to_several_buckets(monkeypatch, tmp_path):
         read_all(tmp_path / "data", "train")
 
 
-def test_a_place_that_cannot_be_written_is_named(source, tmp_path):
+def test_a_place_that_cannot_be_written_is_named(source: RandomImages, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"Cannot write .*file/data.*Choose another out="):
         run(tmp_path / "file" / "data")
@@ -226,7 +230,7 @@ prepare_module.prepare(prepare_module.PrepareConfig(out={out!r}, batch_size=2), 
 """
 
 
-def test_killed_in_the_middle_never_counts_as_whole(source, tmp_path):
+def test_killed_in_the_middle_never_counts_as_whole(source: RandomImages, tmp_path: Path) -> None:
     out = tmp_path / "data"
     code = KILLED.format(unit=str(Path(__file__).parent), out=str(out))
     process = subprocess.Popen(
@@ -252,12 +256,12 @@ def test_killed_in_the_middle_never_counts_as_whole(source, tmp_path):
     assert read_all(out, "test")["latents"].shape == (8, 16, 2, 2)
 
 
-def test_the_faster_of_two_calls_wins(source, monkeypatch, tmp_path):
+def test_the_faster_of_two_calls_wins(source: RandomImages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Both start on a free place; the second finds a finished set when it wants to publish its own."""
     out = tmp_path / "data"
     write_set = prepare_module._write_set
 
-    def overtaken(folder, config, show_progress):
+    def overtaken(folder: Path, config: PrepareConfig, show_progress: bool) -> None:
         write_set(folder, config, show_progress)
         monkeypatch.setattr(prepare_module, "_write_set", write_set)
         run(out)
@@ -279,13 +283,13 @@ def test_the_faster_of_two_calls_wins(source, monkeypatch, tmp_path):
         ({"codec": "qwen_image_vae"}, "codec=qwen_image_vae reads pretrained weights: give model_path"),
     ],
 )
-def test_bad_settings(settings, message):
+def test_bad_settings(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PrepareConfig(out="x", **settings)
 
 
 @pytest.fixture(scope="module")
-def tool():
+def tool() -> Callable[[list[str]], int]:
     spec = importlib.util.spec_from_file_location("prepare_data", REPO / "tools" / "prepare_data.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -303,14 +307,18 @@ def tool():
         (["out=/proc/self/data"], "Cannot write /proc/self/data"),
     ],
 )
-def test_the_tool_reports_bad_input_in_one_line(tool, capsys, arguments, message):
+def test_the_tool_reports_bad_input_in_one_line(
+    tool: Callable[[list[str]], int], capsys: pytest.CaptureFixture, arguments: list[str], message: str
+) -> None:
     assert tool(arguments) == 2
     stderr = capsys.readouterr().err
     assert message in stderr
     assert stderr.count("\n") == 1
 
 
-def test_the_tool_prepares_the_digits(tool, capsys, tmp_path):
+def test_the_tool_prepares_the_digits(
+    tool: Callable[[list[str]], int], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
     start = time.monotonic()
     assert tool([f"out={tmp_path / 'data'}", "source=digits"]) == 0
     took = time.monotonic() - start
@@ -325,6 +333,6 @@ def test_the_tool_prepares_the_digits(tool, capsys, tmp_path):
     assert time.monotonic() - start < took / 5
 
 
-def test_the_tools_help_names_every_setting(tool, capsys):
+def test_the_tools_help_names_every_setting(tool: Callable[[list[str]], int], capsys: pytest.CaptureFixture) -> None:
     assert tool(["--help"]) == 0
     assert "keep_images=True" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """data_pipeline/prompts.py: the token table, padding, and Qwen's encoder against diffusers' own pipeline code."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from data_pipeline.prompts import (
 WORDS = ["a", "handwritten", "three"]
 
 
-def test_one_row_per_word_after_a_start_token():
+def test_one_row_per_word_after_a_start_token() -> None:
     encoder = TokenTableEncoder(WORDS, dim=16)
     whole, empty, swapped = encoder.encode(["a handwritten three", "", "three A"])
     assert whole.shape == (4, 16) and whole.dtype == torch.float32
@@ -29,28 +30,28 @@ def test_one_row_per_word_after_a_start_token():
     assert torch.equal(swapped, whole[[0, 3, 1]])
 
 
-def test_table_values_never_change():
+def test_table_values_never_change() -> None:
     """Old checkpoints were trained on these numbers."""
     (embed_LD,) = TokenTableEncoder(WORDS, dim=3, seed=0).encode(["a"])
     assert_close(embed_LD, torch.tensor([[1.765625, 0.400390625, 0.98046875], [2.234375, 1.8671875, -0.9765625]]))
     assert not torch.equal(embed_LD, TokenTableEncoder(WORDS, dim=3, seed=1).encode(["a"])[0])
 
 
-def test_table_has_unit_variance_and_survives_bfloat16():
+def test_table_has_unit_variance_and_survives_bfloat16() -> None:
     words = [f"w{i}" for i in range(200)]
     (embed_LD,) = TokenTableEncoder(words, dim=64).encode([" ".join(words)])
     assert abs(embed_LD.var().item() - 1) < 0.03
     assert torch.equal(embed_LD, embed_LD.bfloat16().float())
 
 
-def test_unknown_words_are_named():
+def test_unknown_words_are_named() -> None:
     with pytest.raises(ValueError, match="the word 'four' is not in the token table. Known words: a, handw"):
         TokenTableEncoder(WORDS).encode(["a three", "a four"])
     with pytest.raises(ValueError, match="twice"):
         TokenTableEncoder(["a", "A"])
 
 
-def test_descriptions_are_json_and_rebuild_the_encoder():
+def test_descriptions_are_json_and_rebuild_the_encoder() -> None:
     encoder = TokenTableEncoder(WORDS, dim=8, seed=3)
     again = load_prompt_encoder(json.loads(json.dumps(encoder.describe())))
     assert torch.equal(encoder.encode(["a three"])[0], again.encode(["a three"])[0])
@@ -58,7 +59,7 @@ def test_descriptions_are_json_and_rebuild_the_encoder():
         load_prompt_encoder({})
 
 
-def test_padding():
+def test_padding() -> None:
     embeds_BLD, mask_BL = pad_prompts([torch.ones(1, 2), torch.full((3, 2), 2.0)])
     assert embeds_BLD.tolist() == [[[1, 1], [0, 0], [0, 0]], [[2, 2], [2, 2], [2, 2]]]
     assert mask_BL.tolist() == [[True, False, False], [True, True, True]]
@@ -67,12 +68,12 @@ def test_padding():
         pad_prompts([])
 
 
-def test_vocabulary():
+def test_vocabulary() -> None:
     assert vocabulary(["a Red  square", "a blue square"]) == ["a", "blue", "red", "square"]
 
 
 @pytest.fixture(scope="module")
-def tiny_qwen_folder(tmp_path_factory):
+def tiny_qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen2.5-VL with random weights and a tokenizer of single characters."""
     repair_torchvision()
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -99,7 +100,7 @@ def tiny_qwen_folder(tmp_path_factory):
     return folder
 
 
-def test_qwen_encoder_matches_diffusers_pipeline(tiny_qwen_folder):
+def test_qwen_encoder_matches_diffusers_pipeline(tiny_qwen_folder: Path) -> None:
     from diffusers import QwenImagePipeline
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
@@ -129,6 +130,6 @@ def test_qwen_encoder_matches_diffusers_pipeline(tiny_qwen_folder):
     assert_close(short[0], whole[0][:200], rtol=1e-4, atol=1e-5)  # causal: what follows does not matter
 
 
-def test_qwen_encoder_without_weights(tmp_path):
+def test_qwen_encoder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no tokenizer/ folder"):
         QwenPromptEncoder(tmp_path)

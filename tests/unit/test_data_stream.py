@@ -24,7 +24,7 @@ REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """50 training samples in three shards."""
     root = tmp_path_factory.mktemp("set")
     description = write_set(root)
@@ -33,7 +33,7 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def own_root(root, tmp_path) -> Path:
+def own_root(root: Path, tmp_path: Path) -> Path:
     """A copy to damage, without decompressed shards."""
     own = tmp_path / "own"
     shutil.copytree(root, own, ignore=lambda folder, names: [name for name in names if name.endswith(".mds")])
@@ -48,7 +48,7 @@ def keys(stream: LatentStream, batches: int) -> list[list[str]]:
     return [stream.next()["keys"] for _ in range(batches)]
 
 
-def test_a_batch(root):
+def test_a_batch(root: Path) -> None:
     batch = open_stream(root).next()
     assert batch["latents"].shape == (4, 4, 4, 4) and batch["latents"].dtype == torch.float32
     encoder = TokenTableEncoder(vocabulary(PROMPTS), dim=8)
@@ -61,7 +61,7 @@ def test_a_batch(root):
     assert torch.equal(batch["latents"], stored["latents"][rows])
 
 
-def test_epochs_are_different_passes_without_repeats(root):
+def test_epochs_are_different_passes_without_repeats(root: Path) -> None:
     stream = open_stream(root)
     assert stream.samples_per_epoch == 48
     epochs = [sum(keys(stream, 12), []) for _ in range(3)]
@@ -72,19 +72,19 @@ def test_epochs_are_different_passes_without_repeats(root):
     assert stream.state_dict()["epoch"] == 3
 
 
-def test_seeds_give_other_orders_and_equal_seeds_the_same(root):
+def test_seeds_give_other_orders_and_equal_seeds_the_same(root: Path) -> None:
     orders = [keys(open_stream(root, seed=seed), 24) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert orders[0][12:] != orders[2][:12]  # the second epoch of one seed is not the first of the next
 
 
-def test_without_shuffling_the_stored_order(root):
+def test_without_shuffling_the_stored_order(root: Path) -> None:
     assert sum(keys(open_stream(root, shuffle=False), 12), []) == read_all(root, "train")["keys"][:48]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("after", [0, 5, 12, 19])
-def test_resume_is_exact(root, after, workers):
+def test_resume_is_exact(root: Path, after: int, workers: int) -> None:
     whole = open_stream(root)
     want = keys(whole, after + 15)[after:]
     first = open_stream(root, num_workers=workers)
@@ -100,10 +100,10 @@ def test_resume_is_exact(root, after, workers):
     resumed.close()
 
 
-def test_all_world_sizes_see_the_same_global_batches(root):
+def test_all_world_sizes_see_the_same_global_batches(root: Path) -> None:
     """48 of 50 samples in global batches of 16, over 1, 2 and 4 ranks, with and without accumulation."""
 
-    def steps(dp_size: int, batch_size: int, count: int, state=None) -> tuple[list[set[str]], dict]:
+    def steps(dp_size: int, batch_size: int, count: int, state: dict | None = None) -> tuple[list[set[str]], dict]:
         streams = [
             open_stream(root, batch_size=batch_size, dp_rank=rank, dp_size=dp_size, global_batch=16)
             for rank in range(dp_size)
@@ -127,7 +127,7 @@ def test_all_world_sizes_see_the_same_global_batches(root):
     assert first + second + third == want
 
 
-def test_workers_read_what_the_process_itself_reads(root):
+def test_workers_read_what_the_process_itself_reads(root: Path) -> None:
     alone, helped = open_stream(root), open_stream(root, num_workers=2)
     for one, two in islice(zip(iter(alone.next, None), iter(helped.next, None), strict=True), 15):
         assert one["keys"] == two["keys"]
@@ -135,7 +135,7 @@ def test_workers_read_what_the_process_itself_reads(root):
     helped.close()
 
 
-def test_the_stream_leaves_the_global_generator_alone(root):
+def test_the_stream_leaves_the_global_generator_alone(root: Path) -> None:
     torch.manual_seed(7)
     want = torch.rand(3)
     torch.manual_seed(7)
@@ -145,7 +145,7 @@ def test_the_stream_leaves_the_global_generator_alone(root):
     assert torch.equal(torch.rand(3), want)
 
 
-def test_batches_of_several_buckets_have_one_shape_each(tmp_path):
+def test_batches_of_several_buckets_have_one_shape_each(tmp_path: Path) -> None:
     write_set(tmp_path, train={(4, 4): 40, (2, 8): 24})
     streams = [open_stream(tmp_path, dp_rank=rank, dp_size=2) for rank in range(2)]
     assert streams[0].samples_per_epoch == 64
@@ -172,18 +172,18 @@ def test_batches_of_several_buckets_have_one_shape_each(tmp_path):
         ({"batch_size": 51}, "global_batch=51 is more than the 50 samples of bucket 4x4"),
     ],
 )
-def test_bad_arguments(root, arguments, message):
+def test_bad_arguments(root: Path, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_stream(root, **arguments)
 
 
-def test_a_split_that_is_not_there(root):
+def test_a_split_that_is_not_there(root: Path) -> None:
     with pytest.raises(ValueError, match="no split 'val'. Its splits: train, test"):
         LatentStream(root, "val", batch_size=1, seed=0)
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"shuffle": False}, {"batch_size": 8}])
-def test_a_position_of_another_order_is_refused(root, other):
+def test_a_position_of_another_order_is_refused(root: Path, other: dict) -> None:
     state = open_stream(root).state_dict()
     with pytest.raises(
         ValueError, match=f"saved data position has {next(iter(other)).replace('batch_size', 'global')}"
@@ -191,7 +191,7 @@ def test_a_position_of_another_order_is_refused(root, other):
         open_stream(root, **other).load_state_dict(state)
 
 
-def test_a_position_in_another_set_or_inside_a_batch_is_refused(root, tmp_path):
+def test_a_position_in_another_set_or_inside_a_batch_is_refused(root: Path, tmp_path: Path) -> None:
     stream = open_stream(root, batch_size=2, global_batch=8)
     stream.next()
     with pytest.raises(ValueError, match=r"sample 2\) is not at the edge of a batch of 4 x 1 ranks"):
@@ -207,7 +207,9 @@ def a_shard(root: Path) -> Path:
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_shard_is_named_and_can_be_restored(own_root, tmp_path, cached, workers):
+def test_a_damaged_shard_is_named_and_can_be_restored(
+    own_root: Path, tmp_path: Path, cached: bool, workers: int
+) -> None:
     whole = a_shard(own_root).read_bytes()
     a_shard(own_root).write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     cache = {"cache_dir": tmp_path / "cache"} if cached else {}
@@ -227,27 +229,27 @@ def keys_from(root: Path, state: dict, batches: int) -> list[list[str]]:
     return keys(stream, batches)
 
 
-def test_a_missing_shard_is_named(own_root):
+def test_a_missing_shard_is_named(own_root: Path) -> None:
     a_shard(own_root).unlink()
     with pytest.raises(DataError, match=r"train/4x4/shard.00001.mds.zstd is missing. Restore it"):
         keys(open_stream(own_root), 12)
 
 
 @pytest.mark.parametrize("name", ["index.json", "../../dataset.json"])
-def test_a_missing_index_is_named(own_root, name):
+def test_a_missing_index_is_named(own_root: Path, name: str) -> None:
     (own_root / "train" / "4x4" / name).unlink()
     with pytest.raises((DataError, FileNotFoundError), match=f"{Path(name).name} is missing"):
         open_stream(own_root)
 
 
 @pytest.mark.parametrize("content", ['{"version": 2, "sh', "{}", '{"version": 2, "shards": []}'])
-def test_a_broken_index_is_named(own_root, content):
+def test_a_broken_index_is_named(own_root: Path, content: str) -> None:
     (own_root / "train" / "4x4" / "index.json").write_text(content)
     with pytest.raises(DataError, match="train/4x4/index.json"):
         open_stream(own_root)
 
 
-def test_files_of_two_sets_are_not_mixed(own_root, tmp_path):
+def test_files_of_two_sets_are_not_mixed(own_root: Path, tmp_path: Path) -> None:
     write_set(tmp_path / "other", train=30)
     shutil.rmtree(own_root / "train")
     shutil.copytree(tmp_path / "other" / "train", own_root / "train")
@@ -255,7 +257,7 @@ def test_files_of_two_sets_are_not_mixed(own_root, tmp_path):
         open_stream(own_root)
 
 
-def test_leavings_of_a_killed_decompression_are_not_read(own_root):
+def test_leavings_of_a_killed_decompression_are_not_read(own_root: Path) -> None:
     want = keys(open_stream(own_root), 12)
     raw = own_root / "train" / "4x4" / "shard.00001.mds"
     good = raw.read_bytes()
@@ -265,7 +267,7 @@ def test_leavings_of_a_killed_decompression_are_not_read(own_root):
     assert raw.read_bytes() == good
 
 
-def test_a_cache_keeps_the_set_itself_untouched(own_root, tmp_path):
+def test_a_cache_keeps_the_set_itself_untouched(own_root: Path, tmp_path: Path) -> None:
     before = sorted(own_root.rglob("*"))
     want = keys(open_stream(own_root, cache_dir=tmp_path / "cache"), 12)
     assert sorted(own_root.rglob("*")) == before
@@ -274,7 +276,9 @@ def test_a_cache_keeps_the_set_itself_untouched(own_root, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.zstd"))
 
 
-def test_a_read_only_set_is_decompressed_elsewhere(own_root, tmp_path, monkeypatch, caplog):
+def test_a_read_only_set_is_decompressed_elsewhere(
+    own_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
     monkeypatch.setattr(shards_module.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
@@ -289,7 +293,7 @@ def shared_memory_names() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
-def test_no_name_in_shared_memory_is_left_or_needed(root):
+def test_no_name_in_shared_memory_is_left_or_needed(root: Path) -> None:
     """Segments that a killed StreamingDataset of another program left are neither an obstacle nor touched."""
     stale = []
     for name in ("000000_locals", "000000_barrier", "000000_next_epoch", "000001_locals"):
@@ -316,7 +320,7 @@ for line in sys.stdin:
 """
 
 
-def test_two_runs_at_once_and_a_killed_one(own_root):
+def test_two_runs_at_once_and_a_killed_one(own_root: Path) -> None:
     """Two programs start together on a set that is not yet decompressed; one is killed; the other and a third go on."""
     want = keys(open_stream(own_root, cache_dir=own_root.parent / "elsewhere"), 3)
     readers = [
