@@ -3,14 +3,13 @@
 StreamingDataset ties the processes of a machine together by shared memory with guessable names (000000_locals, ...) and
 by collective calls in its constructor. That has three bad ends: a killed run's segments stay and stop the next one; two
 runs that start together take the same name; ranks that do not all open the set wait for each other for ever. Here each
-process opens the set as if it were alone: names are drawn at random, and removed from the system as soon as the memory
-is mapped, so that the kernel frees it with the process, however that ends. What processes do share is the folder of
-decompressed shards, and a lock file guards that.
+process opens the set as if it were alone, and the memory has no name: its workers inherit it, and the kernel frees it
+with them, however they end. What processes do share is the folder of decompressed shards, and a lock file guards that.
 """
 
 import logging
+import mmap
 import os
-import secrets
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -29,11 +28,10 @@ from data_pipeline.errors import DataError
 repair_torchvision()
 
 import streaming.base.dataset as streaming_dataset  # noqa: E402  (torchvision must be repaired first)
+import streaming.base.shared.array as streaming_array  # noqa: E402
 from streaming import Stream, StreamingDataset  # noqa: E402
 from streaming.base.batching import generate_work  # noqa: E402
-from streaming.base.constant import LOCALS  # noqa: E402
 from streaming.base.hashing import get_hash  # noqa: E402
-from streaming.base.shared import SharedMemory, _get_path  # noqa: E402
 from streaming.base.world import World  # noqa: E402
 
 SHUFFLE_BLOCK = 1 << 18
@@ -75,7 +73,6 @@ class ShardSet(StreamingDataset):
                 num_canonical_nodes=1,  # the order must not depend on how many machines read it
                 batching_method="per_stream",
             )
-        self._forget_names()
         # Protects the shard states, which only this process and its workers share.
         self._cache_filelock_path = os.path.join(streams[0].local, ".states.lock")
         self._checked: set[int] = set()
@@ -86,9 +83,8 @@ class ShardSet(StreamingDataset):
         A row holds samples of one bucket only. What does not fill a row is left out.
         """
         self.batch_size = global_batch
-        one_process = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
         with _quiet("streaming.base.batching.per_stream"):  # it warns of the left-out rest in every epoch
-            order = generate_work(self.batching_method, self, one_process, epoch, 0)
+            order = generate_work(self.batching_method, self, _OneProcess.detect(), epoch, 0)
         return order.reshape(-1, global_batch)
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
@@ -122,13 +118,6 @@ class ShardSet(StreamingDataset):
         if path.is_file() and get_hash(HASH, path.read_bytes()) != shard.raw_data.hashes[HASH]:
             logger.warning("%s is damaged; it is decompressed again", path)
             path.unlink(missing_ok=True)
-
-    def _forget_names(self) -> None:
-        """Unlink the shared memory while keeping it mapped: it lives as long as this process and its forks."""
-        arrays = [self._shared_barrier._arr, self._next_epoch.arr, self._cache_usage.arr]
-        arrays += [self._shard_states, self._shard_access_times]
-        for memory in [self._locals_shm, *(array.shm for array in arrays)]:
-            memory.shm.unlink()
 
 
 class _CheckedStream(Stream):
@@ -167,43 +156,41 @@ def _open_stream(description: DatasetDescription, folder: Path, cache_dir: str |
     return _CheckedStream(local=str(local), remote=str(folder), keep_zip=False)
 
 
+class _NamelessMemory:
+    """Stands in for streaming's SharedMemory: this process and those it forks see it, nobody else can."""
+
+    def __init__(self, name: str | None = None, create: bool | None = None, size: int = 0, auto_cleanup: bool = True):
+        self.buf = memoryview(mmap.mmap(-1, size))
+
+
+class _OneProcess(World):
+    @classmethod
+    def detect(cls) -> World:
+        return World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
+
+
 _alone_lock = threading.Lock()
 
 
 @contextmanager
 def _standing_alone() -> Iterator[None]:
-    """StreamingDataset's constructor sees one process in a world of one, and private names for its shared memory."""
-
-    class OneProcess(World):
-        @classmethod
-        def detect(cls) -> World:
-            return World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
-
-    replacements = {
-        "World": OneProcess,
-        "dist": SimpleNamespace(is_available=lambda: False),
-        "maybe_init_dist": lambda: False,
-        "get_shm_prefix": lambda streams_local, streams_remote, world: _private_prefix(),
-    }
+    """StreamingDataset's constructor sees one process in a world of one, and memory that needs no name."""
+    replacements = [
+        (streaming_dataset, "World", _OneProcess),
+        (streaming_dataset, "dist", SimpleNamespace(is_available=lambda: False)),
+        (streaming_dataset, "maybe_init_dist", lambda: False),
+        (streaming_dataset, "get_shm_prefix", lambda local, remote, world: (0, _NamelessMemory(size=4))),
+        (streaming_array, "SharedMemory", _NamelessMemory),
+    ]
     with _alone_lock:
-        originals = {name: getattr(streaming_dataset, name) for name in replacements}
+        originals = [getattr(module, name) for module, name, _ in replacements]
         try:
-            for name, replacement in replacements.items():
-                setattr(streaming_dataset, name, replacement)
+            for module, name, replacement in replacements:
+                setattr(module, name, replacement)
             yield
         finally:
-            for name, original in originals.items():
-                setattr(streaming_dataset, name, original)
-
-
-def _private_prefix() -> tuple[int, SharedMemory]:
-    """A number that no other process on this machine uses to name its shared memory."""
-    while True:
-        prefix = secrets.randbelow(10**15)
-        try:
-            return prefix, SharedMemory(name=_get_path(prefix, LOCALS), create=True, size=4)
-        except FileExistsError:
-            continue
+            for (module, name, _), original in zip(replacements, originals, strict=True):
+                setattr(module, name, original)
 
 
 @contextmanager

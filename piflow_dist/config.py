@@ -265,6 +265,8 @@ class CheckpointConfig:
 class ParallelConfig:
     persistence_threshold: int = 100_000
     """ZeRO-3 keeps parameters of fewer elements whole on every process: gathering them costs more than they weigh."""
+    memory_efficient_linear: bool = True
+    """Let no graph hold gathered weights between forward and backward. Costs time per layer that a small model feels."""
 
 
 @dataclass(kw_only=True)

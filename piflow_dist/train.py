@@ -88,6 +88,7 @@ def build_run(config: Config, topology: Topology) -> Run:
         seed=config.train.seed,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
+        global_batch=config.train.batch_size,
     )
     return Run(
         config=config,
@@ -114,8 +115,9 @@ def train_step(run: Run) -> tuple[Tensor, StepResult]:
     micro_batches, _ = config.train.accumulation(run.topology.dp_size)
     losses = []
     for micro in range(micro_batches):
-        # By data-parallel rank and step, so that any step can be replayed alone, on any resumed process.
-        seed = seed_from(config.train.seed, state.step, micro, run.topology.dp_rank)
+        # By step and place in the global batch: any step can be replayed alone, and two micro-batches of one process
+        # get the noise that one micro-batch of two processes gets.
+        seed = seed_from(config.train.seed, state.step, micro * run.topology.dp_size + run.topology.dp_rank)
         generator = torch.Generator(run.topology.device).manual_seed(seed)
         torch.manual_seed(seed)
         batch = next_batch(run)

@@ -170,13 +170,31 @@ def train_feature_net(
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> FeatureNet:
-    """Cross-entropy on randomly deformed images, AdamW, one learning-rate cycle. Leaves the global RNG as it was."""
+    """Cross-entropy on randomly deformed images, AdamW, one learning-rate cycle.
+
+    Leaves the global RNG and the number of threads as they were. Raises EvaluationError where a class has no image.
+    """
     counts = torch.bincount(train.labels_B, minlength=classes)
     if len(train) < settings.batch_size or (counts == 0).any():
         raise EvaluationError(
             f"{len(train)} training images with {counts.tolist()} per class cannot train the feature network: it needs "
             f"every class and at least {settings.batch_size} images. Prepare a larger training split."
         )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same network on any number of cores; on busy ones several threads took 5 x longer
+    try:
+        return _train(train, classes, settings, device, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(
+    train: LabelledImages,
+    classes: int,
+    settings: FeatureNetSettings,
+    device: str | torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> FeatureNet:
     images_BCHW, labels_B = unit_range(train.images_BCHW).to(device), train.labels_B.to(device)
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.random.fork_rng(devices=[]):

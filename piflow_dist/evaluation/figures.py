@@ -71,14 +71,15 @@ def short_names(prompts: Sequence[str]) -> dict[str, str]:
 
 def loss_curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> bytes:
     """One panel per run: the loss of every step and its running mean, logarithmic. Rows come from metrics.jsonl."""
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
     figure, axes = _figure(1, len(runs), height=3.0)
     for axis, (title, rows) in zip(axes, runs, strict=True):
         steps, losses = clean_curve(title, rows)
-        window = max(1, len(losses) // 50)
+        window = max(3, len(losses) // 50)
         axis.plot(steps, losses, color=COLOURS["student"], alpha=0.3, linewidth=0.8, label="each step")
         axis.plot(steps, _running_mean(losses, window), color=COLOURS["student"], label=f"mean of {window} steps")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -113,7 +114,8 @@ def psnr_histogram(sources: Sequence[tuple[str, str, Tensor]], reference: str) -
         axis.hist(psnr_B.numpy(), bins=bins, histtype="step", linewidth=1.6, color=colour, label=label)
     axis.set_xlabel(f"PSNR of an image against that of the {reference}, dB")
     axis.set_ylabel("images")
-    axis.legend(frameon=False, labelcolor=INK, fontsize=9)
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.legend(frameon=False, labelcolor=INK, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(sources))
     return _finish(figure)
 
 
@@ -157,5 +159,5 @@ def _png(picture: Image.Image) -> bytes:
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the `window` values around each, fewer at the ends."""
-    kernel = np.ones(window)
+    kernel = np.ones(min(window, len(values)))
     return np.convolve(values, kernel, mode="same") / np.convolve(np.ones_like(values), kernel, mode="same")

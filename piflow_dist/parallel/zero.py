@@ -41,6 +41,7 @@ def deepspeed_config(optim: OptimConfig | None, parallel: ParallelConfig, dtype:
             "overlap_comm": False,
             "reduce_scatter": optim is None or optim.type != "muon",  # DeepSpeed's Muon wants whole gradients
             "stage3_param_persistence_threshold": parallel.persistence_threshold,
+            "memory_efficient_linear": parallel.memory_efficient_linear,
         },
         "bf16": {"enabled": dtype == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -93,13 +93,13 @@ def substep_grid(policy: Policy, x_BCHW: Tensor, tau_start_B: Tensor | float, ta
     # The published count: rounded in the times' own dtype, half to even.
     length_B = start_B - end_B
     count_B = torch.round(length_B * total_substeps).clamp(min=1)
-    start_B, end_B, length_B = start_B.double(), end_B.double(), length_B.double()
+    start_B, end_B, length_B = start_B.double(), torch.minimum(end_B, start_B).double(), length_B.double()
     if not unit_single_steps:
         count_B = count_B * (length_B > 0)
     order_B, counts, bad, at_source = _read_counts(policy, x_BCHW, start_B, length_B, count_B, schedule)
     if bad:
-        raise ValueError(f"cannot roll out from tau_start={start_B.tolist()} to tau_end={end_B.tolist()}: time runs "
-                         f"from noise (1) to the image (0). Check that tau_start <= 1 and tau_end <= tau_start.")
+        raise ValueError(f"cannot roll out from tau_start={start_B.tolist()} over lengths of {length_B.tolist()}: time "
+                         f"runs from noise (1) to the image (0). Check that tau_start <= 1 and tau_end <= tau_start.")
     node_N1 = torch.arange(max(counts, default=0) + 1, dtype=torch.float64, device=x_BCHW.device).unsqueeze(1)
     share_NB = (node_N1 / count_B.clamp(min=1)).clamp(max=1)
     tau_NB = (start_B - (start_B - end_B) * share_NB).clamp(min=0)

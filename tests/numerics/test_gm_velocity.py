@@ -1,6 +1,7 @@
 """GMFlowPolicy.velocity in float64 against Bayes' rule in 100-digit and float64 arithmetic."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -221,6 +222,27 @@ def test_float32_typical_and_worst_corner():
     print(
         f"float32: median {errors.median():.1e}, 90 % {errors.quantile(0.9):.1e}, worst {errors.max():.1e} at {worst}"
     )
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.3])
+def test_float32_of_sharpened_and_thinned_mixtures(temperature):
+    """Narrower still, and with the heaviest component of each sample dropped: the same limits."""
+    parts = [1.0, 0.99, 0.5, 0.1, 1e-2, 1e-3, 0.0]
+    cases = [(s, s * part, logstd) for s in (0.01, 0.3, 1.0) for part in parts for logstd in (-3.0, -1.0, 1.0)]
+    arrays = gm_arrays(
+        [c[0] for c in cases], components=8, channels=4, space=(2, 1), logstd=[c[2] for c in cases], seed=34
+    ).to(torch.float32)
+    heaviest_B = arrays.logweights.flatten(2).sum(2).argmax(1)
+    arrays.logweights[torch.arange(len(cases)), heaviest_B] = -torch.inf
+    sigma_B = torch.tensor([c[1] for c in cases])
+    cooled = arrays.to(F64)
+    cooled.logweights = (cooled.logweights / temperature).log_softmax(1)
+    cooled.logstds = cooled.logstds + math.log(temperature) / 2
+    for x in (states_towards_components(cooled, sigma_B.double(), seed=35), states_on_path(cooled, sigma_B.double())):
+        got = arrays.package().with_temperature(temperature).velocity(x.float(), sigma_B)
+        errors = relative_error_B(got, exact_velocity(cooled, x.float(), sigma_B.tolist()))
+        print(f"median {errors.median():.1e}, worst {errors.max():.1e} at {cases[int(errors.argmax())]}")
+        assert errors.max() < 2e-4 and errors.quantile(0.9) < 1e-5
 
 
 def test_low_precision_inputs_are_computed_in_float32():

@@ -229,12 +229,16 @@ def test_drawn_uniforms_fill_the_segment_evenly():
 WINDOWS = [0.0, 0.4, 1.0, 1.6, 3.0, 12.3]
 
 
-@pytest.mark.parametrize("kind", ["gm", "dx grid", "dx polynomial"])
+@pytest.mark.parametrize("kind", ["gm", "gm -3", "gm 1", "dx grid", "dx polynomial"])
 @pytest.mark.parametrize("dtype, limit", [(F64, 1e-9), (torch.float32, 2e-4)])
 def test_windowed_velocity_and_its_gradient(kind, dtype, limit):
     """Rollouts of 0 to 12 substeps in one batch, off the source; gradients for the network's outputs and x."""
     sources = [warp(0.9, SHIFT)] * len(WINDOWS)
-    arrays = gm_arrays(sources, seed=170) if kind == "gm" else dx_arrays(sources, mode=kind.split()[1], seed=171)
+    name, _, option = kind.partition(" ")
+    if name == "gm":
+        arrays = gm_arrays(sources, logstd=float(option or -1), seed=170)
+    else:
+        arrays = dx_arrays(sources, mode=option, seed=171)
     arrays = arrays.to(dtype)
     start_B = torch.full((len(WINDOWS),), 0.75, dtype=dtype)
     end_B = start_B - torch.tensor(WINDOWS, dtype=dtype) / 128

@@ -173,6 +173,24 @@ def test_float32_worst_corners(channels, components):
         assert error_B.max() < 2e-4 and error_B.median() < 1e-5
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.3])
+def test_float32_of_sharpened_and_thinned_mixtures(temperature):
+    """A temperature, and the heaviest component dropped: the straight line through the source leaves the mixture."""
+    cases = [(s, logstd) for s in (1.0, 0.9, 0.5, 0.05) for logstd in (-3.0, -2.0, -1.0, 0.0, 1.0)]
+    arrays = gm_arrays([s for s, _ in cases], components=8, channels=4, logstd=[c[1] for c in cases], seed=51).to(
+        torch.float32
+    )
+    heaviest_B = arrays.logweights.flatten(2).sum(2).argmax(1)
+    arrays.logweights[torch.arange(len(cases)), heaviest_B] = -torch.inf
+    starts, x = SCHEDULE.unwarp(arrays.sigma_src), arrays.x_src
+    got, _ = rollout(arrays.package().with_temperature(temperature), x, starts, torch.zeros(len(cases)), SCHEDULE)
+    cooled = [p.at_temperature(temperature) for p in arrays.reference()]
+    want = reference_ends(cooled, x.double(), starts.tolist(), [0.0] * len(cases), 128)
+    error_B = relative_error_B(got - x, want - x.double())
+    print(f"median {error_B.median():.1e}, worst {error_B.max():.1e} at (s, logstd) = {cases[int(error_B.argmax())]}")
+    assert error_B.max() < 2e-4 and error_B.median() < 1e-5
+
+
 def test_gm_rollout_near_the_source_at_001():
     """The smallest source, the narrowest components: float32, relative to the way covered."""
     tau = SCHEDULE.unwarp(0.01)

@@ -90,12 +90,14 @@ def test_a_class_without_images_is_an_error() -> None:
         train_feature_net(labelled(60, 0), 4, SETTINGS)
 
 
-def test_training_is_repeatable_and_leaves_the_global_generator_alone() -> None:
+def test_training_is_repeatable_and_disturbs_nothing() -> None:
     settings = FeatureNetSettings(batch_size=50, epochs=1)
+    threads = torch.get_num_threads()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     nets = [train_feature_net(labelled(60, 0), 3, settings) for _ in range(2)]
     assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
     for first, second in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True):
         assert torch.equal(first, second)

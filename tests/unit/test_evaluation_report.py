@@ -179,7 +179,7 @@ def test_the_verdict_admits_a_bad_student() -> None:
     about_4 = verdict([*PROTOTYPE[:-1], worse], "teacher_100")[1]
     assert "ahead" not in about_4 and "behind in PSNR" in about_4 and "diversity (1.40 against 0.85)" in about_4
     met = {target.what: target.met for target in targets([*PROTOTYPE[:-1], worse], "teacher_100")}
-    assert list(met.values()) == [False, False, False, False, False, True]
+    assert list(met.values()) == [True, False, False, False, True, False, False]
 
 
 def test_the_verdict_leaves_out_what_was_not_measured() -> None:
@@ -191,8 +191,19 @@ def test_the_verdict_leaves_out_what_was_not_measured() -> None:
 
 def test_targets_of_the_prototype_are_met() -> None:
     found = targets(PROTOTYPE, "teacher_100")
-    assert len(found) == 6 and all(target.met for target in found)
-    assert found[1].measured == "30.3 against 26.9\N{NO-BREAK SPACE}dB"
+    assert len(found) == 7 and all(target.met for target in found)
+    assert found[5].measured == "30.30 against 26.90\N{NO-BREAK SPACE}dB"
+
+
+def test_the_verdict_warns_of_a_reference_that_does_not_draw_its_prompts() -> None:
+    real = dataclasses.replace(
+        PROTOTYPE[0], name="real", kind="real", values=PROTOTYPE[0].values | {"prompt_accuracy": 0.99}
+    )
+    bad = dataclasses.replace(PROTOTYPE[0], values=PROTOTYPE[0].values | {"prompt_accuracy": 0.1})
+    assert "nearness to it is not quality" in verdict([real, bad, *PROTOTYPE[1:]], "teacher_100")[0]
+    assert not targets([real, bad, *PROTOTYPE[1:]], "teacher_100")[0].met
+    good = verdict([real, *PROTOTYPE], "teacher_100")[0]
+    assert "97.4\N{NO-BREAK SPACE}% are classified as their prompt (99.0\N{NO-BREAK SPACE}% of real images)." in good
 
 
 @pytest.mark.parametrize(
