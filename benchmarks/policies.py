@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/policies.py [--repeats 5] [--cases demo,qwen1,qwen2]
 
 The textbook (below) evaluates the posterior mean with zeta and nu at every substep of a masked loop, with autograd
-through it. Both include making the policy from the network's output. Runs of the two alternate; the best of each counts.
+through it. Both include making the policy from the network output. Runs of the two alternate; the best of each counts.
 B batch, K components, C channels, H W latent size, M states.
 """
 

@@ -128,7 +128,7 @@ def load_description(root: str | Path) -> DatasetDescription:
         raise DataError(f"{path} has format {found!r}; this version reads format {FORMAT}. Prepare the set again.")
     try:
         description = DatasetDescription(
-            root=Path(root),
+            root=Path(root).absolute(),
             bucket_lists={split: _buckets_from_json(buckets) for split, buckets in content["splits"].items()},
             codec=content["codec"],
             prompt_encoder=content["prompt_encoder"],

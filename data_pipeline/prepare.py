@@ -139,8 +139,8 @@ def _write_set(folder: Path, config: PrepareConfig, show_progress: bool) -> None
         prompt_encoder = _open_prompt_encoder(config, source)
         bucket_lists = {}
         for split in source.splits:
+            writer = SplitWriter(folder / split, prompt_encoder, config.shard_mb << 20, config.keep_images)
             with progress.stage(f"writing {split}", source.count(split)) as advance:
-                writer = SplitWriter(folder / split, prompt_encoder, config.shard_mb << 20, config.keep_images)
                 for batch in in_batches(source.samples(split), config.batch_size):
                     for group, latents_BCHW in encode_images(batch, codec, decoder, config.device):
                         writer.write(group, latents_BCHW)

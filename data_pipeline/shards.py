@@ -141,6 +141,10 @@ class _CheckedStream(Stream):
                 raise DataError(
                     f"{source} is damaged ({error}). Restore it, or prepare the set again with overwrite=true."
                 ) from error
+            except OSError as error:
+                raise OSError(
+                    f"Cannot decompress {source} into {self.local}: {error}. Free space there, or set cache_dir."
+                ) from error
 
 
 def _open_stream(description: DatasetDescription, folder: Path, cache_dir: str | Path | None) -> _CheckedStream:

@@ -67,6 +67,10 @@ class SplitWriter:
     """Writes one split below `folder`: a bucket per latent size, samples in the order they come."""
 
     def __init__(self, folder: Path, prompt_encoder: PromptEncoder, shard_bytes: int, keep_images: bool):
+        repair_torchvision()
+        from streaming import MDSWriter  # imported here: it takes seconds, and finished sets need no writer
+
+        self._mds_writer = MDSWriter
         self._folder, self._prompt_encoder = folder, prompt_encoder
         self._shard_bytes, self._keep_images = shard_bytes, keep_images
         self._writers: dict[tuple[int, int, int], Any] = {}
@@ -98,16 +102,13 @@ class SplitWriter:
 
     def _writer(self, shape: tuple[int, int, int]) -> Any:
         if shape not in self._writers:
-            repair_torchvision()
-            from streaming import MDSWriter
-
             columns = {
                 "latents": f"ndarray:float16:{','.join(map(str, shape))}",
                 "prompt_embeds": "ndarray:uint16",  # (L, D) bfloat16 bits
                 "prompt": "str",
                 "key": "str",
             } | ({"image": "bytes"} if self._keep_images else {})
-            self._writers[shape] = MDSWriter(
+            self._writers[shape] = self._mds_writer(
                 out=str(self._folder / _bucket_name(shape)),
                 columns=columns,
                 compression=COMPRESSION,

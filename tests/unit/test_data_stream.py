@@ -289,6 +289,15 @@ def test_a_read_only_set_is_decompressed_elsewhere(
     assert list((tmp_path / "tmp").rglob("*.mds"))
 
 
+def test_a_full_disk_is_named(own_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", no_space)
+    with pytest.raises(OSError, match=r"Cannot decompress .*mds.zstd into .*No space left.*set cache_dir"):
+        open_stream(own_root).next()
+
+
 def shared_memory_names() -> set[str]:
     """Of mosaicml-streaming's kind."""
     return {

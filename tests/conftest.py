@@ -1,0 +1,115 @@
+"""A tiny data set, a tiny teacher and a tiny student, made once per test session."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).parents[1]
+PROMPTS = ("a red square", "a blue disc", "a very large green ring")
+TINY = (
+    "model=qwen_image_tiny",
+    "schedule.shift=1.0",
+    "optim.warmup_steps=2",
+    "ema.start_step=3",
+    "train.seed=7",
+    "launch.device=cpu",
+    "launch.threads=1",
+    "parallel.persistence_threshold=500",  # small enough that most weights of the tiny model are sharded
+    "parallel.memory_efficient_linear=false",
+    "tracking.log_every=4",
+)
+TEACHER_STEPS, STUDENT_STEPS = 60, 4
+TEACHER = (
+    *TINY,
+    "optim=muon",
+    "objective=flow_matching",
+    "data.caption_dropout=0.1",
+    f"train.steps={TEACHER_STEPS}",
+    "train.batch_size=8",
+    "train.micro_batch_size=2",
+    "optim.muon_lr=0.05",
+    "optim.lr=0.005",
+    "checkpoint.every=8",
+    "checkpoint.keep=3",
+    "launch.processes=2",
+)
+STUDENT = (
+    *TINY,
+    "policy.num_components=3",
+    "policy.logstd_inner_dim=16",
+    "objective=imitation",
+    "distill.guidance.scale=2.0",
+    f"train.steps={STUDENT_STEPS}",
+    "train.batch_size=4",
+    "checkpoint.every=2",
+    "optim.lr=0.01",
+)
+
+
+def write_tiny_set(root: Path) -> None:
+    """Random 16-channel latents of 4 x 4 in the layout of tools/prepare_data.py: 40 samples, no image, no download."""
+    from data_pipeline.description import DatasetDescription
+    from data_pipeline.prompts import TokenTableEncoder, vocabulary
+    from data_pipeline.source import RawSample
+    from data_pipeline.writing import SplitWriter
+
+    generator = torch.Generator().manual_seed(0)
+    encoder = TokenTableEncoder(vocabulary(PROMPTS), dim=64)
+    bucket_lists = {}
+    for split, count in {"train": 40, "test": 8}.items():
+        writer = SplitWriter(root / split, encoder, 1 << 20, keep_images=False)
+        samples = [RawSample(f"{split}-{i:03d}", PROMPTS[i % len(PROMPTS)], b"") for i in range(count)]
+        writer.write(samples, torch.randn(count, 16, 4, 4, generator=generator))
+        bucket_lists[split] = writer.finish()
+    DatasetDescription(
+        root=root,
+        bucket_lists=bucket_lists,
+        codec={"kind": "block_dct", "image_channels": 1, "block": 4, "scale": 1.0},
+        prompt_encoder=encoder.describe(),
+        prompt_dim=encoder.dim,
+        prompts=tuple(sorted(PROMPTS)),
+        source={"name": "random"},
+        request={},
+        created_by={},
+    ).write()
+
+
+def run_tool(name: str, *arguments: str, time_limit: float = 300.0) -> subprocess.CompletedProcess:
+    """Run tools/NAME.py to its end, as a user does; stdout holds stderr too."""
+    return subprocess.run(
+        [sys.executable, str(REPO / "tools" / f"{name}.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=time_limit,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny") / "data"
+    write_tiny_set(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def teacher_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """A finished run of tools/launch.py: flow matching with Muon on 2 processes, 60 steps without interruption."""
+    run = tmp_path_factory.mktemp("teacher") / "uninterrupted"
+    done = run_tool("launch", *TEACHER, f"data.root={tiny_data}", f"run_dir={run}")
+    assert done.returncode == 0, done.stdout
+    return run
+
+
+@pytest.fixture(scope="session")
+def student_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, teacher_run: Path) -> Path:
+    """A GMFlow student of 4 NFE, four steps old."""
+    run = tmp_path_factory.mktemp("student") / "student"
+    done = run_tool(
+        "launch", *STUDENT, f"data.root={tiny_data}", f"distill.teacher={teacher_run}", f"run_dir={run}"
+    )
+    assert done.returncode == 0, done.stdout
+    return run

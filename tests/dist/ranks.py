@@ -1,0 +1,121 @@
+"""Functions run as N processes of one gloo group on this machine's CPU, for tests of what ranks do together."""
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+GRACE = 3.0
+"""Seconds in which the other ranks may still report their own tracebacks after the first failure."""
+
+
+class RanksFailed(AssertionError):
+    """Some ranks failed or did not finish; the message holds what each of them said."""
+
+
+def run_ranks(check: Callable[..., Any], world_size: int, *args: Any, time_limit: float = 120.0) -> list[Any]:
+    """Run check(rank, *args) in world_size new processes joined to one gloo group; what each rank returned.
+
+    `check` must be importable (a function of a module). RANK and its companions are set as torchrun sets them. A rank
+    that fails stops the others at once; RanksFailed then holds the traceback of every rank that raised. Nothing of a
+    run outlives this call, whatever happens.
+    """
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    ranks, pipes = [], []
+    with one_thread():
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_main, args=(sender, check, rank, world_size, port, args), daemon=True)
+            process.start()
+            sender.close()
+            ranks.append(process)
+            pipes.append(receiver)
+    try:
+        return _collect(ranks, pipes, time_limit)
+    finally:
+        for process in ranks:
+            process.kill()
+        for process in ranks:
+            process.join()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Processes started inside use one thread each: OpenMP reads its environment when it is loaded."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _main(
+    sender: Connection, check: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...]
+) -> None:
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=600))
+        result = check(rank, *args)
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+        raise SystemExit(1) from None
+    sender.send((True, result))
+    dist.barrier()  # rank 0 holds the store: it must not leave before the others
+    dist.destroy_process_group()
+
+
+def _collect(ranks: list, pipes: list[Connection], time_limit: float) -> list[Any]:
+    """Results by rank, or RanksFailed as soon as one failed (after GRACE) or the time is up."""
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    waiting = dict(enumerate(pipes))
+    deadline = time.monotonic() + time_limit
+    while waiting and time.monotonic() < deadline:
+        for pipe in wait(list(waiting.values()), timeout=0.1):
+            rank = pipes.index(pipe)
+            del waiting[rank]
+            try:
+                fine, value = pipe.recv()
+            except EOFError:
+                ranks[rank].join(timeout=GRACE)
+                fine, value = False, f"ended without a word, exit code {ranks[rank].exitcode}"
+            (results if fine else failures)[rank] = value
+            if not fine and len(failures) == 1:
+                deadline = min(deadline, time.monotonic() + GRACE)
+    if failures or waiting:
+        unfinished = "was stopped" if failures else f"did not finish within {time_limit:g} s"
+        said = [f"rank {rank}: {failures.get(rank, unfinished)}" for rank in range(len(ranks)) if rank not in results]
+        raise RanksFailed("\n\n".join(said))
+    return [results[rank] for rank in range(len(ranks))]
