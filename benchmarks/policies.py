@@ -18,8 +18,13 @@ from piflow_dist.distill.imitation import ImitationSettings, imitation_segment
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.policies import GMFlowPolicy, rollout, windowed_velocities
 
-CASES = {"demo": (64, 8, 16, 8, 8), "demo32": (32, 8, 16, 8, 8), "qwen1": (1, 8, 16, 128, 128),
-         "qwen2": (2, 8, 16, 128, 128), "imagenet": (16, 32, 4, 32, 32)}
+CASES = {
+    "demo": (64, 8, 16, 8, 8),
+    "demo32": (32, 8, 16, 8, 8),
+    "qwen1": (1, 8, 16, 128, 128),
+    "qwen2": (2, 8, 16, 128, 128),
+    "imagenet": (16, 32, 4, 32, 32),
+}
 SCHEDULE = FlowSchedule(3.2)
 SEGMENT, TOTAL, STATES = 1 / 3.5, 128, 2
 WINDOW = 3 * SEGMENT / round(SEGMENT * TOTAL)
@@ -75,9 +80,11 @@ class Case:
     def __init__(self, shape: tuple[int, int, int, int, int]):
         B, K, C, H, W = shape
         torch.manual_seed(0)
-        self.outputs = [torch.randn(B, 1, C, H, W) + 0.5 * torch.randn(B, K, C, H, W),
-                        torch.full((B, 1, 1, 1, 1), -1.6) + 0.2 * torch.randn(B, 1, 1, 1, 1),
-                        torch.randn(B, K, 1, H, W).log_softmax(1)]
+        self.outputs = [
+            torch.randn(B, 1, C, H, W) + 0.5 * torch.randn(B, K, C, H, W),
+            torch.full((B, 1, 1, 1, 1), -1.6) + 0.2 * torch.randn(B, 1, 1, 1, 1),
+            torch.randn(B, K, 1, H, W).log_softmax(1),
+        ]
         for output in self.outputs:
             output.requires_grad_()
         self.x = torch.randn(B, C, H, W)
@@ -126,21 +133,34 @@ def jobs(case: Case) -> dict[str, tuple[Callable, Callable]]:
         targets = iter(case.targets)
         settings = ImitationSettings(num_intermediate_states=STATES, loss_scale=2.0)
         uniforms = case.lengths / case.lengths.new_tensor(SEGMENT - WINDOW)
-        out = imitation_segment(ours_policy(), lambda x, sigma: next(targets), case.x, case.tau, SEGMENT, SCHEDULE,
-                                settings, student_uniforms_BM=uniforms)
+        out = imitation_segment(
+            ours_policy(),
+            lambda x, sigma: next(targets),
+            case.x,
+            case.tau,
+            SEGMENT,
+            SCHEDULE,
+            settings,
+            student_uniforms_BM=uniforms,
+        )
         return case.backward(out.loss)
 
     def no_grad(run: Callable) -> Callable:
         def wrapped() -> list[Tensor]:
             with torch.no_grad():
                 return [run()[0]]
+
         return wrapped
 
     return {
-        "rollout, 37 substeps each": (no_grad(lambda: textbook_rollout(textbook_policy(), case.x, case.tau, case.full)),
-                                      no_grad(lambda: rollout(ours_policy(), case.x, case.tau, case.full, SCHEDULE))),
-        "rollout, 0 to 34 substeps": (no_grad(lambda: textbook_rollout(textbook_policy(), case.x, case.tau, ends[1])),
-                                      no_grad(lambda: rollout(ours_policy(), case.x, case.tau, ends[1], SCHEDULE))),
+        "rollout, 37 substeps each": (
+            no_grad(lambda: textbook_rollout(textbook_policy(), case.x, case.tau, case.full)),
+            no_grad(lambda: rollout(ours_policy(), case.x, case.tau, case.full, SCHEDULE)),
+        ),
+        "rollout, 0 to 34 substeps": (
+            no_grad(lambda: textbook_rollout(textbook_policy(), case.x, case.tau, ends[1])),
+            no_grad(lambda: rollout(ours_policy(), case.x, case.tau, ends[1], SCHEDULE)),
+        ),
         "2 windows of 3, forward+backward": (textbook_windows, ours_windows),
         "whole segment loss, forward+backward": (textbook_segment, ours_segment),
     }

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data_pipeline.prompts import load_prompt_encoder
 from data_pipeline.description import load_description
+from data_pipeline.prompts import load_prompt_encoder
 from data_pipeline.stream import LatentStream
 from piflow_dist.checkpoint.reader import load_checkpoint
 from piflow_dist.checkpoint.sharded import find_checkpoint, save_checkpoint
@@ -34,7 +34,7 @@ from piflow_dist.distill.objectives import (
 )
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.launch.console import StepProgress, start_logging
-from piflow_dist.launch.preflight import resolve_checkpoint, read_run_config
+from piflow_dist.launch.preflight import read_run_config, resolve_checkpoint
 from piflow_dist.models.pretrained import load_model
 from piflow_dist.models.qwen_image import build_student, build_teacher
 from piflow_dist.parallel.topology import Topology, start_process_group

@@ -21,7 +21,7 @@ TINY = (
     "parallel.memory_efficient_linear=false",
     "tracking.log_every=4",
 )
-TEACHER_STEPS, STUDENT_STEPS = 60, 4
+TEACHER_STEPS, STUDENT_STEPS = 40, 4
 TEACHER = (
     *TINY,
     "optim=muon",
@@ -29,7 +29,6 @@ TEACHER = (
     "data.caption_dropout=0.1",
     f"train.steps={TEACHER_STEPS}",
     "train.batch_size=8",
-    "train.micro_batch_size=2",
     "optim.muon_lr=0.05",
     "optim.lr=0.005",
     "checkpoint.every=8",
@@ -97,7 +96,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def teacher_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
-    """A finished run of tools/launch.py: flow matching with Muon on 2 processes, 60 steps without interruption."""
+    """A finished run of tools/launch.py: flow matching with Muon on 2 processes, 40 steps without interruption."""
     run = tmp_path_factory.mktemp("teacher") / "uninterrupted"
     done = run_tool("launch", *TEACHER, f"data.root={tiny_data}", f"run_dir={run}")
     assert done.returncode == 0, done.stdout

@@ -66,7 +66,7 @@ def sample_stage(name: str, title: str, source: Path, samples: Path, count: int,
 def plan(config: DemoConfig) -> list[Stage]:
     out, quick, student_name = Path(config.out), config.quick, f"student_{config.variant}"
     data, teacher, student, samples = out / "data", out / "teacher", out / student_name, out / "samples"
-    teacher_steps, student_steps, images, long = ([40, 20, 10, 20] if quick else [None, None, 50, 100])
+    teacher_steps, student_steps, images, long = [40, 20, 10, 20] if quick else [None, None, 50, 100]
     common = [f"data.root={data}"]
     stages = [
         Stage("data", "5,000 digits -> DALI -> MDS shards", ["prepare_data.py", "source=digits", f"out={data}"], data),

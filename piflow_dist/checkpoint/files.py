@@ -1,7 +1,7 @@
 """Folders of checkpoints on disk: names, manifests, atomic writes, what is complete and what is damaged.
 
-    run/checkpoints/step_00001200/{rank_00000.safetensors, ..., state.json, manifest.json}
-    run/checkpoints/latest          the newest complete step's folder name
+run/checkpoints/step_00001200/{rank_00000.safetensors, ..., state.json, manifest.json}
+run/checkpoints/latest          the newest complete step's folder name
 """
 
 import hashlib

@@ -28,7 +28,7 @@ def load_checkpoint(path: Path, dp_rank: int, dp_size: int) -> LoadedState:
     state = read_json(path / STATE)
     reader = ShardReader(path, state["dp_size"])
     tensors: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, EMA: {}, OPTIMIZER: {}}
-    for key in reader.keys():
+    for key in reader.names():
         kind, _, name = key.partition("/")
         shape = state["parameters"][name if kind != OPTIMIZER else name.partition("/")[2]]
         tensors[kind][name] = reader.read(key, numel_of(shape), dp_rank, dp_size)
@@ -60,7 +60,7 @@ class ShardReader:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder} cannot be read: {error}") from error
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self.files[0].keys())
 
     def read(self, key: str, numel: int, dp_rank: int, dp_size: int) -> Tensor:

@@ -32,7 +32,12 @@ from piflow_dist.parallel.zero import TrainedModel
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: TrainedModel, ema_flats: list[Tensor], state: dict[str, Any], topology: Topology,
+    folder: Path,
+    step: int,
+    model: TrainedModel,
+    ema_flats: list[Tensor],
+    state: dict[str, Any],
+    topology: Topology,
     keep: int,
 ) -> Path:
     """Write run/checkpoints/step_N; collective. Under a temporary name until every rank's file is on disk.

@@ -57,11 +57,20 @@ class ImitationOutput:
         return self.finish()
 
 
-def imitation_segment(policy: Policy, teacher_velocity: Velocity, x_src_BCHW: Tensor, tau_src_B: Tensor,
-                      segment_size_B: Tensor | float, schedule: FlowSchedule, settings: ImitationSettings,
-                      student_uniforms_BM: Tensor | None = None, teacher_uniforms_BM1: Tensor | None = None,
-                      teacher_ratio: float = 0.0, generator: torch.Generator | None = None,
-                      rollout_policy: Policy | None = None) -> ImitationOutput:
+def imitation_segment(
+    policy: Policy,
+    teacher_velocity: Velocity,
+    x_src_BCHW: Tensor,
+    tau_src_B: Tensor,
+    segment_size_B: Tensor | float,
+    schedule: FlowSchedule,
+    settings: ImitationSettings,
+    student_uniforms_BM: Tensor | None = None,
+    teacher_uniforms_BM1: Tensor | None = None,
+    teacher_ratio: float = 0.0,
+    generator: torch.Generator | None = None,
+    rollout_policy: Policy | None = None,
+) -> ImitationOutput:
     """The pi-ID loss on the segment of length segment_size (in tau) that starts at (x_src, tau_src).
 
     policy: the student's, with gradients, made at (x_src, warp(tau_src)).
@@ -80,8 +89,15 @@ def imitation_segment(policy: Policy, teacher_velocity: Velocity, x_src_BCHW: Te
     if rollout_policy is None:
         rollout_policy = policy.detach()
     size_B, window_B = _segment_and_window(x_src_BCHW, tau_src_B, segment_size_B, settings)
-    student_MB, teacher_MB = _intervals(x_src_BCHW, size_B - window_B, settings.num_intermediate_states, teacher_ratio,
-                                        student_uniforms_BM, teacher_uniforms_BM1, generator)
+    student_MB, teacher_MB = _intervals(
+        x_src_BCHW,
+        size_B - window_B,
+        settings.num_intermediate_states,
+        teacher_ratio,
+        student_uniforms_BM,
+        teacher_uniforms_BM1,
+        generator,
+    )
     stack = settings.stack_teacher_states and teacher_ratio == 0
     states, targets, sigmas, spans = [], [], [], []
     x_BCHW, tau_B = x_src_BCHW, tau_src_B
@@ -104,19 +120,26 @@ def imitation_segment(policy: Policy, teacher_velocity: Velocity, x_src_BCHW: Te
 
     @torch.no_grad()
     def finish() -> Tensor:
-        tau_dst_B = torch.minimum((tau_src_B - size_B).clamp(min=0), tau_B)    # rounding, where no window is left
+        tau_dst_B = torch.minimum((tau_src_B - size_B).clamp(min=0), tau_B)  # rounding, where no window is left
         return rollout(rollout_policy, x_BCHW, tau_B, tau_dst_B, schedule, settings.total_substeps)[0]
 
     prediction = torch.stack(windowed_velocities(policy, states, spans, schedule, settings.total_substeps))
     target = torch.stack(list(targets))
     square = (prediction - target).square()
     loss_B = square.detach().transpose(0, 1).flatten(1).mean(1) * (settings.loss_scale / 2)
-    return ImitationOutput(loss=square.mean() * (settings.loss_scale / 2), loss_B=loss_B, prediction=prediction,
-                           target=target, sigma_MB=torch.stack(sigmas), finish=finish)
+    return ImitationOutput(
+        loss=square.mean() * (settings.loss_scale / 2),
+        loss_B=loss_B,
+        prediction=prediction,
+        target=target,
+        sigma_MB=torch.stack(sigmas),
+        finish=finish,
+    )
 
 
-def _segment_and_window(x_BCHW: Tensor, tau_src_B: Tensor, segment_size_B: Tensor | float,
-                        settings: ImitationSettings) -> tuple[Tensor, Tensor]:
+def _segment_and_window(
+    x_BCHW: Tensor, tau_src_B: Tensor, segment_size_B: Tensor | float, settings: ImitationSettings
+) -> tuple[Tensor, Tensor]:
     """Length of the segment and of the averaging window, (B,) each, in tau."""
     if isinstance(segment_size_B, Tensor):
         size_B = segment_size_B.to(x_BCHW.device, tau_src_B.dtype).flatten().expand(len(x_BCHW))
@@ -126,9 +149,15 @@ def _segment_and_window(x_BCHW: Tensor, tau_src_B: Tensor, segment_size_B: Tenso
     return size_B, torch.minimum(settings.window_substeps * substep_B, size_B)
 
 
-def _intervals(x_BCHW: Tensor, room_B: Tensor, M: int, ratio: float, student_uniforms_BM: Tensor | None,
-               teacher_uniforms_BM1: Tensor | None,
-               generator: torch.Generator | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _intervals(
+    x_BCHW: Tensor,
+    room_B: Tensor,
+    M: int,
+    ratio: float,
+    student_uniforms_BM: Tensor | None,
+    teacher_uniforms_BM1: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Student and teacher intervals, M times (B,) each, in tau. room_B: length of the segment less the window."""
     batch = len(x_BCHW)
 
@@ -137,8 +166,10 @@ def _intervals(x_BCHW: Tensor, room_B: Tensor, M: int, ratio: float, student_uni
             device = x_BCHW.device if generator is None else generator.device
             given = torch.rand((batch, count), generator=generator, device=device)
         elif given.shape != (batch, count):
-            raise ValueError(f"{name} of shape {tuple(given.shape)}: expected ({batch}, {count}) for {batch} samples "
-                             f"and distill.num_intermediate_states={M}.")
+            raise ValueError(
+                f"{name} of shape {tuple(given.shape)}: expected ({batch}, {count}) for {batch} samples "
+                f"and distill.num_intermediate_states={M}."
+            )
         return given.to(room_B.device, room_B.dtype).sort(1)[0]
 
     student_BM = uniforms(student_uniforms_BM, M, "student_uniforms_BM")

@@ -4,6 +4,7 @@ B batch, C latent channels, H W latent size, L text tokens, D width, M intermedi
 """
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,16 @@ from piflow_dist.distill.imitation import ImitationOutput, ImitationSettings, im
 from piflow_dist.flow.guidance import guided_velocity, needs_uncond
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.models.heads import PATCH, make_policy
+
+
+class Network(Protocol):
+    """A velocity network or a student: (x_BCHW, sigma_B, text_BLD, mask_BL) -> what its head returns."""
+
+    def __call__(self, *inputs: Tensor | None) -> Any: ...
+
+
+class TrainedNetwork(Network, Protocol):
+    def backward(self, loss: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Batch:
 class TeacherVelocity:
     """Guided velocity of the frozen teacher; takes any number of states per prompt at once, state-major."""
 
-    def __init__(self, teacher, batch: Batch, guidance: GuidanceConfig):
+    def __init__(self, teacher: Network, batch: Batch, guidance: GuidanceConfig):
         self.teacher, self.guidance = teacher, guidance
         self.cond, self.uncond = batch, batch.without_prompts()
 
@@ -74,7 +85,14 @@ class TeacherVelocity:
         return self.teacher(x_BCHW, sigma_B, text_BLD, mask_BL).float()
 
 
-def flow_matching_step(model, batch: Batch, config: Config, schedule: FlowSchedule, scale: float, generator) -> Tensor:
+def flow_matching_step(
+    model: TrainedNetwork,
+    batch: Batch,
+    config: Config,
+    schedule: FlowSchedule,
+    scale: float,
+    generator: torch.Generator,
+) -> Tensor:
     """|u(x_sigma, sigma, prompt) - (eps - x_0)|^2 at tau ~ U(0, 1], prompts dropped at random; backward of scale * it.
 
     Returns the detached mean loss (before `scale`).
@@ -91,7 +109,14 @@ def flow_matching_step(model, batch: Batch, config: Config, schedule: FlowSchedu
 
 
 def imitation_data_step(
-    model, teacher, batch: Batch, config: Config, schedule: FlowSchedule, step: int, scale: float, generator
+    model: TrainedNetwork,
+    teacher: Network,
+    batch: Batch,
+    config: Config,
+    schedule: FlowSchedule,
+    step: int,
+    scale: float,
+    generator: torch.Generator,
 ) -> Tensor:
     """pi-ID on data: one segment per image, chosen by tau ~ U(0, 1] and entered from the noised image."""
     B, device = len(batch.x0_BCHW), batch.x0_BCHW.device
@@ -109,7 +134,13 @@ def imitation_data_step(
 
 
 def imitation_datafree_step(
-    model, teacher, batch: Batch, config: Config, schedule: FlowSchedule, scale: float, generator
+    model: TrainedNetwork,
+    teacher: Network,
+    batch: Batch,
+    config: Config,
+    schedule: FlowSchedule,
+    scale: float,
+    generator: torch.Generator,
 ) -> Tensor:
     """pi-ID from noise: walk all segments, one backward each, entering the next where the detached policy ends.
 
@@ -129,7 +160,7 @@ def imitation_datafree_step(
 
 
 def imitate(
-    model,
+    model: TrainedNetwork,
     velocity: TeacherVelocity,
     batch: Batch,
     x_src_BCHW: Tensor,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-MIN_MEAN_SQUARE = 1e-6    # of x_0, below which it has no direction to speak of
+MIN_MEAN_SQUARE = 1e-6  # of x_0, below which it has no direction to speak of
 
 
 def needs_uncond(scale: float | Tensor) -> bool:
@@ -14,9 +14,16 @@ def needs_uncond(scale: float | Tensor) -> bool:
     return bool((scale > 1).any()) if isinstance(scale, Tensor) else scale > 1
 
 
-def guided_velocity(u_cond: Tensor, u_uncond: Tensor | None, scale: float | Tensor, *, x: Tensor | None = None,
-                    sigma: float | Tensor | None = None, orthogonal: float = 0.0,
-                    interval: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+def guided_velocity(
+    u_cond: Tensor,
+    u_uncond: Tensor | None,
+    scale: float | Tensor,
+    *,
+    x: Tensor | None = None,
+    sigma: float | Tensor | None = None,
+    orthogonal: float = 0.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
     """u = u_c + (g - 1) (u_c - u_n), as float32 (float64 where the velocities are).
 
     u_cond, u_uncond, x: (B, C, ...). scale: g, a float or (B,); at 1 and below, no guidance. sigma: noise level, a
@@ -28,8 +35,10 @@ def guided_velocity(u_cond: Tensor, u_uncond: Tensor | None, scale: float | Tens
     u_cond = u_cond.to(dtype)
     if u_uncond is None:
         if needs_uncond(scale):
-            raise ValueError(f"guidance scale {scale} needs the unconditional velocity, but u_uncond is None. "
-                             f"Evaluate the teacher without a prompt too, or set the guidance scale to 1.")
+            raise ValueError(
+                f"guidance scale {scale} needs the unconditional velocity, but u_uncond is None. "
+                f"Evaluate the teacher without a prompt too, or set the guidance scale to 1."
+            )
         return u_cond
     per_sample = (-1,) + (1,) * (u_cond.dim() - 1)
 

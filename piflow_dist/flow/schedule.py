@@ -22,16 +22,26 @@ class FlowSchedule:
 
     def __post_init__(self):
         if not (math.isfinite(self.shift) and self.shift > 0):
-            raise ValueError(f"shift={self.shift} gives no noise schedule: it must be a positive number. "
-                             f"Set shift to 1 for no shift, or to 3.2 for Qwen-Image.")
+            raise ValueError(
+                f"shift={self.shift} gives no noise schedule: it must be a positive number. "
+                f"Set shift to 1 for no shift, or to 3.2 for Qwen-Image."
+            )
 
     @classmethod
-    def dynamic(cls, num_image_tokens: int, base_tokens: int = 256, base_log_shift: float = 0.5,
-                max_tokens: int = 4096, max_log_shift: float = 1.15) -> "FlowSchedule":
+    def dynamic(
+        cls,
+        num_image_tokens: int,
+        base_tokens: int = 256,
+        base_log_shift: float = 0.5,
+        max_tokens: int = 4096,
+        max_log_shift: float = 1.15,
+    ) -> "FlowSchedule":
         """The schedule of models whose log shift is linear in the number of image tokens (FLUX, Qwen-Image's own)."""
         if num_image_tokens < 1 or max_tokens <= base_tokens:
-            raise ValueError(f"{num_image_tokens} image tokens, base_tokens={base_tokens}, max_tokens={max_tokens}: "
-                             f"there must be at least one token and max_tokens > base_tokens. Check the latent size.")
+            raise ValueError(
+                f"{num_image_tokens} image tokens, base_tokens={base_tokens}, max_tokens={max_tokens}: "
+                f"there must be at least one token and max_tokens > base_tokens. Check the latent size."
+            )
         slope = (max_log_shift - base_log_shift) / (max_tokens - base_tokens)
         return cls(shift=math.exp(base_log_shift + slope * (num_image_tokens - base_tokens)))
 
@@ -51,7 +61,9 @@ class FlowSchedule:
         if nfe < 1:
             raise ValueError(f"nfe={nfe}: a trajectory needs at least one network evaluation. Set nfe to 1 or more.")
         if not final_step_size_scale > 0:
-            raise ValueError(f"final_step_size_scale={final_step_size_scale} leaves the last segment without length. "
-                             f"Set it above 0; 1 makes all segments equal.")
+            raise ValueError(
+                f"final_step_size_scale={final_step_size_scale} leaves the last segment without length. "
+                f"Set it above 0; 1 makes all segments equal."
+            )
         step = 1 / (nfe - 1 + final_step_size_scale)
         return torch.tensor([1 - i * step for i in range(nfe)] + [0.0], dtype=torch.float64).float()

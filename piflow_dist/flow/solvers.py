@@ -22,13 +22,19 @@ class SampledPolicy(Protocol):
 
     def with_temperature(self, temperature: float) -> "SampledPolicy": ...
 
-    def rollout(self, x_BCHW: Tensor, tau_start_B: Tensor, tau_end_B: Tensor, schedule: FlowSchedule,
-                total_substeps: int) -> tuple[Tensor, Tensor]: ...
+    def rollout(
+        self, x_BCHW: Tensor, tau_start_B: Tensor, tau_end_B: Tensor, schedule: FlowSchedule, total_substeps: int
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 @torch.no_grad()
-def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], x_BCHW: Tensor, schedule: FlowSchedule, steps: int,
-                 progress: Progress | None = None) -> Tensor:
+def euler_sample(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x_BCHW: Tensor,
+    schedule: FlowSchedule,
+    steps: int,
+    progress: Progress | None = None,
+) -> Tensor:
     """Integrate velocity(x, sigma_B) from noise to x_0: Euler in sigma, on a grid uniform in tau.
 
     x_BCHW: noise, (B, C, H, W) or (B, C, F, H, W). progress(done, steps) is called after every step.
@@ -46,10 +52,19 @@ def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], x_BCHW: Tensor, s
 
 
 @torch.no_grad()
-def policy_sample(predict_policy: Callable[[Tensor, Tensor, Tensor], SampledPolicy], x_BCHW: Tensor,
-                  schedule: FlowSchedule, nfe: int, *, final_step_size_scale: float = 0.5,
-                  trained_nfe: int | None = None, total_substeps: int = 128, temperature: float | str = 1.0,
-                  h: float = 0.0, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+def policy_sample(
+    predict_policy: Callable[[Tensor, Tensor, Tensor], SampledPolicy],
+    x_BCHW: Tensor,
+    schedule: FlowSchedule,
+    nfe: int,
+    *,
+    final_step_size_scale: float = 0.5,
+    trained_nfe: int | None = None,
+    total_substeps: int = 128,
+    temperature: float | str = 1.0,
+    h: float = 0.0,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Tensor:
     """Sample x_0 from noise with nfe network evaluations, each followed by a policy rollout.
 
     predict_policy(x_BCHW, sigma_B, tau_B) -> policy: the network.
@@ -60,8 +75,10 @@ def policy_sample(predict_policy: Callable[[Tensor, Tensor, Tensor], SampledPoli
     Raises ValueError for nfe below trained_nfe: segments would be longer than any the student has seen.
     """
     if trained_nfe is not None and nfe < trained_nfe:
-        raise ValueError(f"nfe={nfe} is below the {trained_nfe} evaluations this student was trained for: its policies "
-                         f"do not reach that far. Set nfe to {trained_nfe} or more.")
+        raise ValueError(
+            f"nfe={nfe} is below the {trained_nfe} evaluations this student was trained for: its policies "
+            f"do not reach that far. Set nfe to {trained_nfe} or more."
+        )
     if generators is not None and len(generators) != len(x_BCHW):
         raise ValueError(f"{len(generators)} generators for {len(x_BCHW)} samples: pass one per sample, or None.")
     if not h >= 0:
@@ -94,7 +111,7 @@ def flow_map_step(sigma_src: float, sigma_to: float, h: float) -> tuple[float, f
     """
     if h == 0:
         return 1.0, sigma_to
-    ratio = sigma_to * max(1 - sigma_src, 0.0) / (sigma_src * (1 - sigma_to))    # warp(1) may round to above 1
+    ratio = sigma_to * max(1 - sigma_src, 0.0) / (sigma_src * (1 - sigma_to))  # warp(1) may round to above 1
     m = 0.0 if math.isinf(h) else ratio ** (h * h)
     return m, sigma_to * m / (1 - sigma_to + sigma_to * m)
 
@@ -111,5 +128,9 @@ def _noise_like(x_BCHW: Tensor, generators: Sequence[torch.Generator] | None) ->
     if generators is None:
         return torch.randn_like(x_BCHW)
     shape, dtype = x_BCHW.shape[1:], x_BCHW.dtype
-    return torch.stack([torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).to(x_BCHW.device)
-                        for generator in generators])
+    return torch.stack(
+        [
+            torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).to(x_BCHW.device)
+            for generator in generators
+        ]
+    )

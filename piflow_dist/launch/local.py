@@ -5,8 +5,12 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from piflow_dist.config import ConfigError, LaunchConfig
 
@@ -79,7 +83,7 @@ def run_workers(module: str, arguments: list[str], launch: LaunchConfig, log_dir
         raise KeyboardInterrupt(signal.Signals(stop.sigval).name) from stop
 
 
-def describe(failure, log_dir: Path) -> str:
+def describe(failure: "ChildFailedError", log_dir: Path) -> str:
     rank, first = failure.get_first_failure()
     if first.exitcode < 0:
         cause = f"was ended by {signal.Signals(-first.exitcode).name}"

@@ -64,7 +64,9 @@ def resolve_checkpoint(source: str, option: str) -> Path:
     require(path.is_dir(), f"{option}={source} does not exist. Give a run folder or a checkpoint folder.")
     checkpoint, problems = newest_complete(path / "checkpoints")
     detail = " ".join(problems)
-    require(checkpoint is not None, f"{option}={source} has no complete checkpoint under {path / 'checkpoints'}. {detail}")
+    require(
+        checkpoint is not None, f"{option}={source} has no complete checkpoint under {path / 'checkpoints'}. {detail}"
+    )
     return checkpoint
 
 

@@ -98,12 +98,14 @@ def build_policy_head(width: int, channels: int, config: PolicyConfig) -> GMHead
 
 
 def make_policy(
-    outputs: dict[str, Tensor], x_src_BCHW: Tensor, sigma_src_B: Tensor, config: PolicyConfig, segment_size: float,
+    outputs: dict[str, Tensor],
+    x_src_BCHW: Tensor,
+    sigma_src_B: Tensor,
+    config: PolicyConfig,
+    segment_size: float,
     shift: float,
 ) -> GMFlowPolicy | DXPolicy:
     """The policy that a head's outputs describe at its source. segment_size and shift matter to DX only."""
     if config.type == "gmflow":
         return GMFlowPolicy(outputs["means"], outputs["logstds"], outputs["logweights"], x_src_BCHW, sigma_src_B)
-    return DXPolicy(
-        outputs["out"], x_src_BCHW, sigma_src_B, segment_size=segment_size, shift=shift, mode=config.mode
-    )
+    return DXPolicy(outputs["out"], x_src_BCHW, sigma_src_B, segment_size=segment_size, shift=shift, mode=config.mode)

@@ -186,7 +186,9 @@ class QwenImage(nn.Module):
         for unused in (last.attn.to_add_out, last.txt_mlp):
             unused.requires_grad_(False)
 
-    def forward(self, x_BCHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, mask_BL: Tensor | None):
+    def forward(
+        self, x_BCHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, mask_BL: Tensor | None
+    ) -> Tensor | dict[str, Tensor]:
         dtype, (H, W) = self.img_in.weight.dtype, x_BCHW.shape[-2:]
         image_BTD = self.img_in(pack(x_BCHW.to(dtype)))
         text_BLD = self.txt_in(self.txt_norm(text_BLD.to(dtype)))

@@ -6,6 +6,8 @@ DeepSpeed flattens a rank's shards into a few buffers ("sub-groups"). Checkpoint
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +61,12 @@ def deepspeed_config(optim: OptimConfig | None, parallel: ParallelConfig, dtype:
     return config
 
 
-def import_deepspeed(device: torch.device):
+def import_deepspeed(device: torch.device) -> ModuleType:
     """DeepSpeed with a readable log and without its shared-memory collectives.
 
     Those need a C++ compiler at first use and wait for ever for a rank that died; gloo raises within milliseconds.
     """
     import deepspeed
-
     from deepspeed.runtime.zero.muon import original_muon
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -89,8 +90,8 @@ class FrozenModel:
             model=module.to(topology.device), config=deepspeed_config(None, parallel, dtype)
         )
 
-    def __call__(self, *args):
-        return self.engine(*args)
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        return self.engine(*inputs)
 
 
 class TrainedModel:
@@ -105,9 +106,7 @@ class TrainedModel:
         parameters = [p for p in module.parameters() if p.requires_grad]
         client = None
         if optim.type == "sgd":
-            client = torch.optim.SGD(
-                parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-            )
+            client = torch.optim.SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=module,
             model_parameters=parameters,
@@ -118,8 +117,8 @@ class TrainedModel:
         names = {parameter: name for name, parameter in module.named_parameters()}
         self.shards = list(self._list_shards(names))
 
-    def __call__(self, *args):
-        return self.engine(*args)
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        return self.engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)

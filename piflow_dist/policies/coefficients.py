@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_ELEMENTS = 1 << 18    # CPU: numbers of eta in a block of pixels; it and its result stay in a core's cache
+BLOCK_ELEMENTS = 1 << 18  # CPU: numbers of eta in a block of pixels; it and its result stay in a core's cache
 
 
 class SubstepTable(NamedTuple):
@@ -51,8 +51,9 @@ def substep_table(s_B: Tensor, rho_B: Tensor, t_NB: Tensor, step_NB: Tensor) -> 
         before_B.append(last_B)
     pull = s * (1 - t) * inv_D
     h_e = t * (s - t) * inv_D + pull * torch.stack(before_B)[:-1]
-    table = SubstepTable(h_e=h_e, h_p=pull * torch.stack(before_A)[:-1], h_q=pull, h_d=z * inv_D / 2, a=a,
-                         g=step_NB * t * s * inv_D)
+    table = SubstepTable(
+        h_e=h_e, h_p=pull * torch.stack(before_A)[:-1], h_q=pull, h_d=z * inv_D / 2, a=a, g=step_NB * t * s * inv_D
+    )
     return table, last_A, last_B
 
 
@@ -107,7 +108,7 @@ class MixtureDisplacement(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, eta_BKCP, logweights_BKP, eps_ref_BCP, gram_BKKP, e_BKP, walks, record, *factors_and_y):
-        factors, starts_y = factors_and_y[:len(walks)], factors_and_y[len(walks):]
+        factors, starts_y = factors_and_y[: len(walks)], factors_and_y[len(walks) :]
         record = record and any(ctx.needs_input_grad)
         outputs, saved = [], []
         for walk, factors_6NB, y_BCP in zip(walks, factors, starts_y, strict=True):
@@ -128,16 +129,18 @@ class MixtureDisplacement(torch.autograd.Function):
     def backward(ctx, *grads_BCP):
         eta_BKCP, eps_ref_BCP, gram_BKKP, e_BKP, *saved = ctx.saved_tensors
         wants = ctx.needs_input_grad
-        wants_factors, wants_y = wants[7:7 + len(ctx.walks)], wants[7 + len(ctx.walks):]
+        wants_factors, wants_y = wants[7 : 7 + len(ctx.walks)], wants[7 + len(ctx.walks) :]
         total = _Terms(torch.zeros_like(e_BKP), torch.zeros_like(gram_BKKP), torch.zeros_like(e_BKP), None)
         outer, dfactors, dys = [], [], []
         for i, (walk, grad_BCP) in enumerate(zip(ctx.walks, grads_BCP, strict=True)):
             y_BCP, c_BKP, p_BKP, factors_6NB, *saved = saved
             n = len(walk.active)
-            weights, starts, saved = saved[:n], saved[n:2 * n], saved[2 * n:]
+            weights, starts, saved = saved[:n], saved[n : 2 * n], saved[2 * n :]
             terms = _Terms(None, *(walk.sort(value) for value in (gram_BKKP, e_BKP, p_BKP)))
-            part = _Terms(*(value if walk.order_B is None else torch.zeros_like(value) for value in total[:3]),
-                          None if p_BKP is None else torch.zeros_like(p_BKP))
+            part = _Terms(
+                *(value if walk.order_B is None else torch.zeros_like(value) for value in total[:3]),
+                None if p_BKP is None else torch.zeros_like(p_BKP),
+            )
             dfactors_6NB = torch.zeros_like(factors_6NB) if wants_factors[i] else None
             dc_BKP = walk.sort(products(eta_BKCP, grad_BCP))
             _reverse_substeps(part, dfactors_6NB, dc_BKP, terms, factors_6NB, walk.active, weights, starts)
@@ -153,8 +156,9 @@ class MixtureDisplacement(torch.autograd.Function):
         return deta, total.logweights, deps, None, None, None, None, *dfactors, *dys
 
 
-def channel_displacement(eta_BKCP: Tensor, logweights_BKP: Tensor, eps_ref_BCP: Tensor, factors_6NB: Tensor,
-                         y_BCP: Tensor | None, walk: Walk) -> Tensor:
+def channel_displacement(
+    eta_BKCP: Tensor, logweights_BKP: Tensor, eps_ref_BCP: Tensor, factors_6NB: Tensor, y_BCP: Tensor | None, walk: Walk
+) -> Tensor:
     """As MixtureDisplacement for one rollout, following v = sum_k c_k eta_k in the channels; plain autograd."""
     eta, logweights, eps_ref, y = (walk.sort(value) for value in (eta_BKCP, logweights_BKP, eps_ref_BCP, y_BCP))
     factors_6NB = walk.sort(factors_6NB, axis=2)
@@ -189,8 +193,9 @@ class _Terms(NamedTuple):
         return self if m == len(self.e) else _Terms(*(None if value is None else value[:m] for value in self))
 
 
-def _run_substeps(terms: _Terms, factors_6NB: Tensor, active: list[int],
-                  record: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _run_substeps(
+    terms: _Terms, factors_6NB: Tensor, active: list[int], record: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The substeps in place, samples by falling substep count.
 
     Returns the last c (B, K, P) and, to record, the weights of every substep and the c it starts from.
@@ -200,14 +205,14 @@ def _run_substeps(terms: _Terms, factors_6NB: Tensor, active: list[int],
     scales = factors_6NB[..., None, None].unbind(1)
     count = -1
     for n, m in enumerate(active):
-        if m != count:    # views of the samples still on their way
+        if m != count:  # views of the samples still on their way
             count, now, c_m = m, terms.first(m), c[:m]
             rows, diagonal = now.gram.unbind(1), now.diagonal
         h_e, h_p, h_q, h_d, a, g = scales[n][:, :m].unbind(0)
         logits = torch.addcmul(now.logweights, now.e, h_e, value=-1).addcmul_(diagonal, h_d, value=-1)
         if now.p is not None:
             logits.addcmul_(now.p, h_p, value=-1)
-        if n > 0:    # c starts at zero
+        if n > 0:  # c starts at zero
             for row, c_k in zip(rows, (c_m * h_q).unsqueeze(2).unbind(1), strict=True):
                 logits.addcmul_(row, c_k, value=-1)
         w = logits.softmax(1)
@@ -218,12 +223,20 @@ def _run_substeps(terms: _Terms, factors_6NB: Tensor, active: list[int],
     return c, weights, starts
 
 
-def _reverse_substeps(grads: _Terms, dfactors_6NB: Tensor | None, dc: Tensor, terms: _Terms, factors_6NB: Tensor,
-                      active: list[int], weights: list[Tensor], starts: list[Tensor]) -> None:
+def _reverse_substeps(
+    grads: _Terms,
+    dfactors_6NB: Tensor | None,
+    dc: Tensor,
+    terms: _Terms,
+    factors_6NB: Tensor,
+    active: list[int],
+    weights: list[Tensor],
+    starts: list[Tensor],
+) -> None:
     """Walk the substeps backwards and add up the gradients of what they read. dc: gradient of the last c, used up."""
     scales = factors_6NB[..., None, None].unbind(1)
     for n in reversed(range(len(active))):
-        m, w, c_m, dc_m = active[n], weights[n], starts[n], dc[:active[n]]
+        m, w, c_m, dc_m = active[n], weights[n], starts[n], dc[: active[n]]
         now, out = terms.first(m), grads.first(m)
         h_e, h_p, h_q, h_d, a, g = scales[n][:, :m].unbind(0)
         dw = w * dc_m
@@ -237,7 +250,7 @@ def _reverse_substeps(grads: _Terms, dfactors_6NB: Tensor | None, dc: Tensor, te
         out.diagonal.addcmul_(dlogits, h_d, value=-1)
         if now.p is not None:
             out.p.addcmul_(dlogits, h_p, value=-1)
-        pulled = torch.zeros_like(c_m)    # gram dlogits
+        pulled = torch.zeros_like(c_m)  # gram dlogits
         if n > 0:
             scaled_c = c_m * h_q
             rows, drows = now.gram.unbind(1), out.gram.unbind(1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.policies.rollout import SubstepGrid, per_sample, rollout
 
-MIN_SIGMA = 1e-4      # as published: u is 0/0 at sigma = 0
+MIN_SIGMA = 1e-4  # as published: u is 0/0 at sigma = 0
 Mode = Literal["grid", "polynomial"]
 
 
@@ -33,17 +33,28 @@ class DXPolicy:
 
     has_temperature = False
 
-    def __init__(self, out_BNCHW: Tensor, x_src_BCHW: Tensor, sigma_src_B: Tensor | float,
-                 segment_size: float = 1 / 3.5, shift: float = 3.2, mode: Mode = "grid"):
+    def __init__(
+        self,
+        out_BNCHW: Tensor,
+        x_src_BCHW: Tensor,
+        sigma_src_B: Tensor | float,
+        segment_size: float = 1 / 3.5,
+        shift: float = 3.2,
+        mode: Mode = "grid",
+    ):
         shape = tuple(x_src_BCHW.shape)
         if x_src_BCHW.dim() not in (4, 5) or (*out_BNCHW.shape[:1], *out_BNCHW.shape[2:]) != shape:
-            raise ValueError(f"out of shape {tuple(out_BNCHW.shape)} does not fit x_src of shape {shape}: expected "
-                             f"(B, N, C, H, W) and (B, C, H, W), or both with a frame axis before H.")
+            raise ValueError(
+                f"out of shape {tuple(out_BNCHW.shape)} does not fit x_src of shape {shape}: expected "
+                f"(B, N, C, H, W) and (B, C, H, W), or both with a frame axis before H."
+            )
         if mode not in get_args(Mode):
             raise ValueError(f"policy.mode={mode!r} is not known. Set it to one of {get_args(Mode)}.")
         if not segment_size > 0:
-            raise ValueError(f"segment_size={segment_size} leaves the policy no time. Set policy.segment_size to "
-                             f"1/(nfe - 1 + final_step_size_scale), 1/3.5 for the published 4 steps.")
+            raise ValueError(
+                f"segment_size={segment_size} leaves the policy no time. Set policy.segment_size to "
+                f"1/(nfe - 1 + final_step_size_scale), 1/3.5 for the published 4 steps."
+            )
         self.dtype = torch.promote_types(torch.promote_types(out_BNCHW.dtype, x_src_BCHW.dtype), torch.float32)
         self.x_src = x_src_BCHW
         self.sigma_src_B = per_sample(sigma_src_B, x_src_BCHW).double()
@@ -61,8 +72,14 @@ class DXPolicy:
         """x_end - x after the Euler substeps of each grid, from each state. Differentiable."""
         return [self._displacement(x_BCHW, grid) for x_BCHW, grid in zip(states, grids, strict=True)]
 
-    def rollout(self, x_BCHW: Tensor, tau_start_B: Tensor | float, tau_end_B: Tensor | float, schedule: FlowSchedule,
-                total_substeps: int = 128) -> tuple[Tensor, Tensor]:
+    def rollout(
+        self,
+        x_BCHW: Tensor,
+        tau_start_B: Tensor | float,
+        tau_end_B: Tensor | float,
+        schedule: FlowSchedule,
+        total_substeps: int = 128,
+    ) -> tuple[Tensor, Tensor]:
         """policies.rollout of this policy."""
         return rollout(self, x_BCHW, tau_start_B, tau_end_B, schedule, total_substeps)
 
@@ -108,6 +125,7 @@ class DXPolicy:
 
     def _combine(self, x_BCHW: Tensor, own_B: Tensor, factors_BN: Tensor) -> Tensor:
         """own x + sum_i f_i c_i, centred: own (x - x_s) + (own + sum_i f_i) x_s - s sum_i f_i out_i."""
+
         def column(value_B: Tensor) -> Tensor:
             return value_B.to(self.dtype)[:, None, None]
 

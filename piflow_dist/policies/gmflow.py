@@ -34,8 +34,8 @@ from piflow_dist.policies.coefficients import (
 )
 from piflow_dist.policies.rollout import SubstepGrid, per_sample, rollout
 
-MIN_TEMPERATURE = 1e-6    # as published: log-weights are divided by it
-SIGMA_SLACK = 1e-6        # schedule.warp(1) may round to just above 1
+MIN_TEMPERATURE = 1e-6  # as published: log-weights are divided by it
+SIGMA_SLACK = 1e-6  # schedule.warp(1) may round to just above 1
 
 
 class _Products:
@@ -81,12 +81,18 @@ class GMFlowPolicy:
 
     has_temperature = True
 
-    def __init__(self, means_BKCHW: Tensor, logstds_B1111: Tensor, logweights_BK1HW: Tensor, x_src_BCHW: Tensor,
-                 sigma_src_B: Tensor | float):
+    def __init__(
+        self,
+        means_BKCHW: Tensor,
+        logstds_B1111: Tensor,
+        logweights_BK1HW: Tensor,
+        x_src_BCHW: Tensor,
+        sigma_src_B: Tensor | float,
+    ):
         _check_shapes(means_BKCHW, logstds_B1111, logweights_BK1HW, x_src_BCHW)
         self.dtype = torch.promote_types(torch.promote_types(means_BKCHW.dtype, x_src_BCHW.dtype), torch.float32)
         self.x_src = x_src_BCHW
-        self.sigma_src_B = per_sample(sigma_src_B, x_src_BCHW).double()    # near it, small differences decide
+        self.sigma_src_B = per_sample(sigma_src_B, x_src_BCHW).double()  # near it, small differences decide
         logweights_BKP = logweights_BK1HW.to(self.dtype).flatten(2)
         _check_values(logweights_BKP, self.sigma_src_B)
         means_BKCP = means_BKCHW.to(self.dtype).flatten(3).contiguous()
@@ -95,9 +101,15 @@ class GMFlowPolicy:
             mu_ref_BCP = combination(logweights_BKP.softmax(1), means_BKCP)
         eta_BKCP = means_BKCP - mu_ref_BCP.unsqueeze(1)
         eps_ref_BCP = x_src_BCP + self._factor(1 - self.sigma_src_B) * mu_ref_BCP
-        self._mixture = _Mixture(mu_ref_BCP=mu_ref_BCP, eta_BKCP=eta_BKCP, logweights_BKP=logweights_BKP,
-                                 logstd_B=logstds_B1111.double().flatten(), x_src_BCP=x_src_BCP,
-                                 eps_ref_BCP=eps_ref_BCP, products=_Products(eta_BKCP, eps_ref_BCP))
+        self._mixture = _Mixture(
+            mu_ref_BCP=mu_ref_BCP,
+            eta_BKCP=eta_BKCP,
+            logweights_BKP=logweights_BKP,
+            logstd_B=logstds_B1111.double().flatten(),
+            x_src_BCP=x_src_BCP,
+            eps_ref_BCP=eps_ref_BCP,
+            products=_Products(eta_BKCP, eps_ref_BCP),
+        )
 
     def velocity(self, x_BCHW: Tensor, sigma_B: Tensor | float) -> Tensor:
         """u = dx/dsigma at (x, sigma), shaped as x. sigma_B: (B,) or a float, in [0, sigma_src]. Differentiable.
@@ -131,7 +143,7 @@ class GMFlowPolicy:
             moved_BCP = self._factor(grid.delta_B) * mix.mu_ref_BCP + self._factor(last_B) * mix.eps_ref_BCP
             y_BCP = None
             if not grid.at_source:
-                away_BCP = x_BCHW.to(self.dtype).flatten(2) - mix.x_src_BCP    # first: exact where x is near x_src
+                away_BCP = x_BCHW.to(self.dtype).flatten(2) - mix.x_src_BCP  # first: exact where x is near x_src
                 y_BCP = away_BCP - self._factor(grid.sigma_start_B - s) * mix.mu_ref_BCP
                 moved_BCP = moved_BCP + self._factor(last_A - 1) * y_BCP
             moved.append(moved_BCP)
@@ -142,21 +154,32 @@ class GMFlowPolicy:
         if mix.eta_BKCP.shape[1] > 2 * mix.eta_BKCP.shape[2]:
             mixtures = [channel_displacement(*inputs, *rest) for rest in zip(factors, starts_y, walks, strict=True)]
         else:
-            mixtures = MixtureDisplacement.apply(*inputs, *mix.products.get(), walks, torch.is_grad_enabled(),
-                                                 *factors, *starts_y)
+            mixtures = MixtureDisplacement.apply(
+                *inputs, *mix.products.get(), walks, torch.is_grad_enabled(), *factors, *starts_y
+            )
         return [(a + b).view(x.shape) for a, b, x in zip(moved, mixtures, states, strict=True)]
 
-    def rollout(self, x_BCHW: Tensor, tau_start_B: Tensor | float, tau_end_B: Tensor | float, schedule: FlowSchedule,
-                total_substeps: int = 128) -> tuple[Tensor, Tensor]:
+    def rollout(
+        self,
+        x_BCHW: Tensor,
+        tau_start_B: Tensor | float,
+        tau_end_B: Tensor | float,
+        schedule: FlowSchedule,
+        total_substeps: int = 128,
+    ) -> tuple[Tensor, Tensor]:
         """policies.rollout of this policy."""
         return rollout(self, x_BCHW, tau_start_B, tau_end_B, schedule, total_substeps)
 
     def detach(self) -> "GMFlowPolicy":
         """The same policy without gradients."""
         mix = self._mixture
-        return self._with(eta_BKCP=mix.eta_BKCP.detach(), logweights_BKP=mix.logweights_BKP.detach(),
-                          logstd_B=mix.logstd_B.detach(), x_src_BCP=mix.x_src_BCP.detach(),
-                          eps_ref_BCP=mix.eps_ref_BCP.detach())
+        return self._with(
+            eta_BKCP=mix.eta_BKCP.detach(),
+            logweights_BKP=mix.logweights_BKP.detach(),
+            logstd_B=mix.logstd_B.detach(),
+            x_src_BCP=mix.x_src_BCP.detach(),
+            eps_ref_BCP=mix.eps_ref_BCP.detach(),
+        )
 
     def with_temperature(self, temperature: float) -> "GMFlowPolicy":
         """Sharper below 1: A_k -> A_k^(1/T) renormalised, v -> T v. T is at least 1e-6. Raises ValueError below 0."""
@@ -165,8 +188,10 @@ class GMFlowPolicy:
         if temperature == 1:
             return self
         T = max(float(temperature), MIN_TEMPERATURE)
-        return self._with(logweights_BKP=(self._mixture.logweights_BKP / T).log_softmax(1),
-                          logstd_B=self._mixture.logstd_B + math.log(T) / 2)
+        return self._with(
+            logweights_BKP=(self._mixture.logweights_BKP / T).log_softmax(1),
+            logstd_B=self._mixture.logstd_B + math.log(T) / 2,
+        )
 
     def with_dropout(self, p: float, generator: torch.Generator | None = None) -> "GMFlowPolicy":
         """Drop each component of each sample with probability p, for all its pixels.
@@ -202,12 +227,16 @@ def _column(value_B: Tensor) -> Tensor:
 
 def _check_shapes(means: Tensor, logstds: Tensor, logweights: Tensor, x: Tensor) -> None:
     if x.dim() not in (4, 5) or means.dim() != x.dim() + 1 or means.shape[:1] + means.shape[2:] != x.shape:
-        raise ValueError(f"means of shape {tuple(means.shape)} do not fit x_src of shape {tuple(x.shape)}: expected "
-                         f"(B, K, C, H, W) and (B, C, H, W), or both with a frame axis before H.")
+        raise ValueError(
+            f"means of shape {tuple(means.shape)} do not fit x_src of shape {tuple(x.shape)}: expected "
+            f"(B, K, C, H, W) and (B, C, H, W), or both with a frame axis before H."
+        )
     expected = (*means.shape[:2], 1, *means.shape[3:])
     if logweights.shape != expected:
-        raise ValueError(f"logweights of shape {tuple(logweights.shape)}: expected {expected}, one per component and "
-                         f"pixel, for means of shape {tuple(means.shape)}.")
+        raise ValueError(
+            f"logweights of shape {tuple(logweights.shape)}: expected {expected}, one per component and "
+            f"pixel, for means of shape {tuple(means.shape)}."
+        )
     if logstds.numel() != len(x) or logstds.shape[0] != len(x):
         raise ValueError(f"logstds of shape {tuple(logstds.shape)}: expected one per sample, ({len(x)}, 1, 1, 1, 1).")
 
@@ -215,9 +244,11 @@ def _check_shapes(means: Tensor, logstds: Tensor, logweights: Tensor, x: Tensor)
 def _check_values(logweights_BKP: Tensor, sigma_src_B: Tensor) -> None:
     empty = (logweights_BKP.detach().amax(1) == -math.inf).any()
     outside = ~((sigma_src_B > 0) & (sigma_src_B <= 1 + SIGMA_SLACK)).all()
-    empty, outside = torch.stack([empty, outside]).tolist()    # waits for the network once, as the rollout does anyway
+    empty, outside = torch.stack([empty, outside]).tolist()  # waits for the network once, as the rollout does anyway
     if empty:
-        raise ValueError("a pixel has all its log-weights at -inf: an empty mixture. Keep at least one component per "
-                         "pixel, as policy.with_dropout does.")
+        raise ValueError(
+            "a pixel has all its log-weights at -inf: an empty mixture. Keep at least one component per "
+            "pixel, as policy.with_dropout does."
+        )
     if outside:
         raise ValueError(f"sigma_src={sigma_src_B.tolist()} is outside (0, 1]: a policy starts from a noisy state.")

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.codec import Codec, load_codec
-from data_pipeline.prompts import load_prompt_encoder, pad_prompts
 from data_pipeline.description import load_description
+from data_pipeline.prompts import load_prompt_encoder, pad_prompts
 from piflow_dist.config import GuidanceConfig, read_config
 from piflow_dist.distill.objectives import Batch, TeacherVelocity, base_segment, build_schedule
 from piflow_dist.flow.schedule import FlowSchedule
@@ -26,6 +26,7 @@ from piflow_dist.launch.console import StepProgress
 from piflow_dist.models.heads import make_policy
 from piflow_dist.models.pretrained import load_model
 from piflow_dist.parallel.topology import choose_device, die_with_parent
+from piflow_dist.policies import DXPolicy, GMFlowPolicy
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request, part_path
 
 
@@ -63,7 +64,7 @@ class Sampler:
     def _student(self, noise_BCHW: Tensor, batch: Batch, generators: list[torch.Generator]) -> Tensor:
         run, config = self.request.run, self.request.config
 
-        def predict(x_BCHW: Tensor, sigma_B: Tensor, tau_B: Tensor):
+        def predict(x_BCHW: Tensor, sigma_B: Tensor, tau_B: Tensor) -> GMFlowPolicy | DXPolicy:
             outputs = self.model(x_BCHW, sigma_B, batch.text_BLD, batch.mask_BL)
             return make_policy(outputs, x_BCHW, sigma_B, run.policy, base_segment(run), self.schedule.shift)
 

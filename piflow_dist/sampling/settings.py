@@ -50,7 +50,9 @@ class SampleConfig:
         require(self.nfe is None or self.nfe > 0, f"nfe={self.nfe} must be greater than zero.")
         require(self.guidance >= 1, f"guidance={self.guidance} is below 1. Use 1 for none.")
         if self.temperature != "auto":
-            require(0 < number("temperature", self.temperature) <= 1, f"temperature={self.temperature} must lie in (0, 1].")
+            require(
+                0 < number("temperature", self.temperature) <= 1, f"temperature={self.temperature} must lie in (0, 1]."
+            )
         require(number("h", self.h) >= 0, f"h={self.h} must be 0 (ODE) or more.")
 
 

@@ -38,7 +38,7 @@ class MetricsFile:
         if path.exists():
             rows = [row for row in read_metrics(path) if row["step"] < first_step]
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.file = open(path, "a", buffering=1)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  (open as long as the run; close() ends it)
 
     def write(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")

@@ -258,3 +258,26 @@ def test_windowed_velocity_and_its_gradient(kind, dtype, limit):
     right_gradients = torch.autograd.grad((want * cotangent).sum(), (*theirs.outputs(), x_ref))
     for value, right in zip(gradients, right_gradients, strict=True):
         assert relative_error_B(value, right).max() < limit
+
+
+@pytest.mark.parametrize("kind", ["gm", "dx grid", "dx polynomial"])
+@pytest.mark.parametrize("tau_start", [0.9, 0.7])
+def test_gradient_with_respect_to_the_source_state(kind, tau_start):
+    """The policy leans on x_src everywhere; at the source (tau 0.9) the rollout starts there too."""
+    sources = [warp(0.9, SHIFT)] * 3
+    arrays = gm_arrays(sources, seed=180) if kind == "gm" else dx_arrays(sources, mode=kind.split()[1], seed=181)
+    start_B = torch.full((3,), tau_start, dtype=F64)
+    end_B = start_B - torch.tensor([0.0, 3.0, 9.0], dtype=F64) / 128
+    cotangent = normal(*arrays.x_src.shape, seed=182)
+    gradients = []
+    for package in (True, False):
+        leaves = arrays.leaves()
+        leaves.x_src = x = leaves.x_src.detach().clone().requires_grad_()
+        if package:
+            u = windowed_velocity(leaves.package(), x, start_B, end_B, SCHEDULE)
+        else:
+            spans = zip(leaves.reference(), x, end_B.tolist(), strict=True)
+            u = torch.stack([mean_velocity(p.velocity, one, tau_start, end, SHIFT, 128) for p, one, end in spans])
+        gradients.append(torch.autograd.grad((u * cotangent).sum(), (x, *leaves.outputs())))
+    for got, want in zip(*gradients, strict=True):
+        assert relative_error_B(got, want).max() < 1e-9

@@ -25,8 +25,11 @@ def student(frames=False, kind="gm"):
     if kind == "dx":
         out = normal(B, 10, C, *space).requires_grad_()
         return [out], DXPolicy(out, x_src, SCHEDULE.warp(TAU)), x_src
-    leaves = [normal(B, K, C, *space), normal(B, *[1] * (2 + len(space)), seed=1) * 0.2 - 1.5,
-              normal(B, K, 1, *space, seed=2)]
+    leaves = [
+        normal(B, K, C, *space),
+        normal(B, *[1] * (2 + len(space)), seed=1) * 0.2 - 1.5,
+        normal(B, K, 1, *space, seed=2),
+    ]
     for leaf in leaves:
         leaf.requires_grad_()
     return leaves, GMFlowPolicy(*leaves, x_src, SCHEDULE.warp(TAU)), x_src
@@ -46,8 +49,9 @@ class Teacher:
 
 
 def segment(policy, x_src, teacher=None, **changes):
-    settings = ImitationSettings(**{key: changes.pop(key) for key in list(changes) if key in
-                                    ImitationSettings.__dataclass_fields__})
+    settings = ImitationSettings(
+        **{key: changes.pop(key) for key in list(changes) if key in ImitationSettings.__dataclass_fields__}
+    )
     return imitation_segment(policy, teacher or Teacher(), x_src, TAU, SIZE, SCHEDULE, settings, **changes)
 
 
@@ -66,8 +70,9 @@ def test_states_lie_on_the_policy_at_the_sorted_uniforms():
     for i, start in enumerate((TAU, taus[0])):
         x, _ = rollout(policy.detach(), x, start, taus[i], SCHEDULE)
         assert_close(teacher.states[i], x)
-        assert_close(out.prediction[i], windowed_velocity(policy, x, taus[i], taus[i] - window, SCHEDULE),
-                     rtol=1e-4, atol=1e-5)
+        assert_close(
+            out.prediction[i], windowed_velocity(policy, x, taus[i], taus[i] - window, SCHEDULE), rtol=1e-4, atol=1e-5
+        )
         assert_close(out.target[i], 0.5 * x + SCHEDULE.warp(taus[i]).reshape(B, 1, 1, 1))
     assert_close(out.x_end, rollout(policy.detach(), x, taus[1], TAU - SIZE, SCHEDULE)[0], rtol=1e-4, atol=1e-5)
     assert teacher.grad == [False, False]
@@ -91,8 +96,9 @@ def test_gradient_ignores_how_the_states_came_about():
     got = torch.autograd.grad(out.loss, leaves)
     window = 3 * SIZE / torch.round(SIZE * 128)
     taus = TAU - UNIFORMS.sort(1)[0].T * (SIZE - window)
-    fixed = torch.stack([windowed_velocity(policy, x, tau, tau - window, SCHEDULE)
-                         for x, tau in zip(teacher.states, taus, strict=True)])
+    fixed = torch.stack(
+        [windowed_velocity(policy, x, tau, tau - window, SCHEDULE) for x, tau in zip(teacher.states, taus, strict=True)]
+    )
     for a, b in zip(got, torch.autograd.grad(15 * (fixed - out.target).square().mean(), leaves), strict=True):
         assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -114,8 +120,15 @@ def test_stacked_teacher_equals_unstacked(kind, frames):
 def test_teacher_ratio_mixes_policy_and_teacher_steps():
     leaves, policy, x_src = student()
     teacher, cuts, ratio = Teacher(), torch.tensor([[0.3], [0.8], [0.5]]), 0.6
-    out = segment(policy, x_src, teacher, student_uniforms_BM=UNIFORMS, teacher_uniforms_BM1=cuts, teacher_ratio=ratio,
-                  stack_teacher_states=True)    # not possible here: each state needs the answer before it
+    out = segment(
+        policy,
+        x_src,
+        teacher,
+        student_uniforms_BM=UNIFORMS,
+        teacher_uniforms_BM1=cuts,
+        teacher_ratio=ratio,
+        stack_teacher_states=True,
+    )  # not possible here: each state needs the answer before it
     assert len(teacher.states) == 2
     window = 3 * SIZE / torch.round(SIZE * 128)
     room = SIZE - window
@@ -146,8 +159,15 @@ def test_full_teacher_ratio_walks_the_segment_along_the_teacher():
 def test_time_never_passes_the_end_of_the_segment(ratio, window_substeps):
     leaves, policy, x_src = student()
     for uniforms in (torch.ones(B, 3), torch.zeros(B, 3)):
-        out = segment(policy, x_src, student_uniforms_BM=uniforms, teacher_uniforms_BM1=uniforms[:, :2],
-                      teacher_ratio=ratio, num_intermediate_states=3, window_substeps=window_substeps)
+        out = segment(
+            policy,
+            x_src,
+            student_uniforms_BM=uniforms,
+            teacher_uniforms_BM1=uniforms[:, :2],
+            teacher_ratio=ratio,
+            num_intermediate_states=3,
+            window_substeps=window_substeps,
+        )
         assert (out.sigma_MB <= SCHEDULE.warp(TAU) + 1e-6).all()
         assert (out.sigma_MB >= SCHEDULE.warp(TAU - SIZE).clamp(min=0) - 1e-6).all()
         assert out.loss.isfinite() and out.x_end.isfinite().all()
@@ -168,8 +188,12 @@ def test_generator_fixes_the_randomness_and_draws_student_first():
     again = segment(policy, x_src, generator=torch.Generator().manual_seed(5))
     assert torch.equal(first.prediction, again.prediction)
     g = torch.Generator().manual_seed(5)
-    given = segment(policy, x_src, student_uniforms_BM=torch.rand(B, 2, generator=g),
-                    teacher_uniforms_BM1=torch.rand(B, 1, generator=g))
+    given = segment(
+        policy,
+        x_src,
+        student_uniforms_BM=torch.rand(B, 2, generator=g),
+        teacher_uniforms_BM1=torch.rand(B, 1, generator=g),
+    )
     assert torch.equal(first.prediction, given.prediction)
     other = segment(policy, x_src, generator=torch.Generator().manual_seed(6))
     assert not torch.equal(first.prediction, other.prediction)
@@ -185,8 +209,12 @@ def test_rollout_policy_picks_the_states_but_not_the_prediction():
     plain = segment(policy, x_src, student_uniforms_BM=UNIFORMS)
     assert (out.target - plain.target).abs().max() > 1e-3
     window = 3 * SIZE / torch.round(SIZE * 128)
-    assert_close(out.prediction[1], windowed_velocity(policy, teacher.states[1], taus[1], taus[1] - window, SCHEDULE),
-                 rtol=1e-3, atol=1e-4)
+    assert_close(
+        out.prediction[1],
+        windowed_velocity(policy, teacher.states[1], taus[1], taus[1] - window, SCHEDULE),
+        rtol=1e-3,
+        atol=1e-4,
+    )
 
 
 def test_bfloat16_network_output_gives_a_float32_loss():

@@ -110,8 +110,13 @@ def test_several_backwards_from_one_policy():
     policy = GMFlowPolicy(*leaves, *gm_inputs()[3:])
     with torch.no_grad():
         rollout(policy, policy.x_src, tau_of(policy), tau_of(policy) - 0.1, SCHEDULE)
-    first, second = (torch.autograd.grad(windowed_velocity(policy, policy.x_src, tau_of(policy), tau_of(policy) - 0.03,
-                                                           SCHEDULE).square().sum(), leaves) for _ in range(2))
+    first, second = (
+        torch.autograd.grad(
+            windowed_velocity(policy, policy.x_src, tau_of(policy), tau_of(policy) - 0.03, SCHEDULE).square().sum(),
+            leaves,
+        )
+        for _ in range(2)
+    )
     for a, b in zip(first, second, strict=True):
         assert a.abs().max() > 0
         assert_close(a, b)
@@ -126,14 +131,17 @@ def test_dx_rollout_is_the_sum_of_its_velocities_with_gradients(mode):
     got, want = rollout(policy, x, start, end, SCHEDULE)[0], step_by_step(policy, x, start, end)
     assert_close(got, want, rtol=0, atol=1e-12)
     weight = torch.randn_like(x)
-    for a, b in zip(torch.autograd.grad((got * weight).sum(), [out, x]),
-                    torch.autograd.grad((want * weight).sum(), [out, x]), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((got * weight).sum(), [out, x]),
+        torch.autograd.grad((want * weight).sum(), [out, x]),
+        strict=True,
+    ):
         assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_dx_at_its_source_and_at_the_end():
     out, policy = dx_policy()
-    assert_close(policy.velocity(policy.x_src, policy.sigma_src_B), out[:, -1])    # the last node is the source's
+    assert_close(policy.velocity(policy.x_src, policy.sigma_src_B), out[:, -1])  # the last node is the source's
     end, sigma = rollout(policy, policy.x_src, tau_of(policy), 0.0, SCHEDULE)
     assert end.isfinite().all() and (sigma == 0).all()
     assert policy.velocity(end, 0.0).isfinite().all()
@@ -158,9 +166,9 @@ def test_finished_samples_are_untouched_and_batching_changes_nothing():
     together = rollout(policy, x, start, start - lengths, SCHEDULE)[0]
     assert torch.equal(together[[0, 3]], x[[0, 3]])
     for i in range(6):
-        one = GMFlowPolicy(*(value[i:i + 1] for value in inputs))
-        alone = rollout(one, x[i:i + 1], start[i:i + 1], (start - lengths)[i:i + 1], SCHEDULE)[0]
-        assert_close(together[i:i + 1], alone, rtol=0, atol=1e-12)
+        one = GMFlowPolicy(*(value[i : i + 1] for value in inputs))
+        alone = rollout(one, x[i : i + 1], start[i : i + 1], (start - lengths)[i : i + 1], SCHEDULE)[0]
+        assert_close(together[i : i + 1], alone, rtol=0, atol=1e-12)
     still = rollout(policy, x, start, start, SCHEDULE)[0]
     assert torch.equal(still, x) and still is not x
 
@@ -241,8 +249,12 @@ def test_logweights_of_minus_infinity():
         assert all(grad.isfinite().all() for grad in grads)
         assert grads[0][:, 1].abs().max() == 0
     start = tau_of(kept)
-    assert_close(rollout(policy, inputs[3], tau_of(policy), tau_of(policy) - 0.1, SCHEDULE)[0][1:],
-                 rollout(kept, inputs[3][1:], start, start - 0.1, SCHEDULE)[0], rtol=0, atol=1e-12)
+    assert_close(
+        rollout(policy, inputs[3], tau_of(policy), tau_of(policy) - 0.1, SCHEDULE)[0][1:],
+        rollout(kept, inputs[3][1:], start, start - 0.1, SCHEDULE)[0],
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 def test_an_empty_mixture_and_a_clean_source_are_errors():
@@ -255,8 +267,9 @@ def test_an_empty_mixture_and_a_clean_source_are_errors():
         GMFlowPolicy(*inputs[:4], torch.tensor([0.5, 0.0, 0.5]))
 
 
-@pytest.mark.parametrize("index, shape", [(0, (3, 4, 5, 2, 3)), (1, (1, 1, 1, 1, 1)), (2, (3, 4, 5, 3, 2)),
-                                          (3, (3, 5, 3)), (4, (2,))])
+@pytest.mark.parametrize(
+    "index, shape", [(0, (3, 4, 5, 2, 3)), (1, (1, 1, 1, 1, 1)), (2, (3, 4, 5, 3, 2)), (3, (3, 5, 3)), (4, (2,))]
+)
 def test_shapes_that_do_not_fit_are_errors(index, shape):
     inputs = list(gm_inputs())
     inputs[index] = torch.zeros(shape)
@@ -306,7 +319,7 @@ def test_dropout_takes_whole_components_of_samples_and_never_all():
     draw = torch.rand(64, 2, generator=torch.Generator().manual_seed(3)) < 0.7
     want = draw & ~draw.all(1, keepdim=True)
     assert torch.equal(lost[:, :, 0], want) and draw.all(1).any() and want.any()
-    assert not dropped(policy).any()    # the policy itself is as it was
+    assert not dropped(policy).any()  # the policy itself is as it was
     assert policy.with_dropout(0.0) is policy
     with pytest.raises(ValueError, match="p=1"):
         policy.with_dropout(1.0)
@@ -315,7 +328,7 @@ def test_dropout_takes_whole_components_of_samples_and_never_all():
 def test_dropout_spares_samples_where_a_pixel_has_lost_its_components_already():
     inputs = list(gm_inputs(K=2, B=64))
     inputs[2] = inputs[2].clone()
-    inputs[2][:, 0, 0, 0, 0] = -math.inf    # this pixel lives on component 1
+    inputs[2][:, 0, 0, 0, 0] = -math.inf  # this pixel lives on component 1
     before = GMFlowPolicy(*inputs)
     after = dropped(before.with_dropout(0.5, torch.Generator().manual_seed(0)))
     assert not after[:, 1].any() and after[:, 0, 1:].any() and not after.all(1).any()
@@ -345,6 +358,7 @@ class Waits:
         def wrapper(*args, **kwargs):
             self.count += 1
             return method(*args, **kwargs)
+
         return wrapper
 
 

@@ -41,9 +41,16 @@ def test_segments():
     assert schedule.segments(4).dtype == torch.float32
 
 
-@pytest.mark.parametrize("wrong", [lambda: FlowSchedule(0.0), lambda: FlowSchedule(math.nan),
-                                   lambda: FlowSchedule().segments(0), lambda: FlowSchedule().segments(4, 0.0),
-                                   lambda: FlowSchedule.dynamic(0)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: FlowSchedule(0.0),
+        lambda: FlowSchedule(math.nan),
+        lambda: FlowSchedule().segments(0),
+        lambda: FlowSchedule().segments(4, 0.0),
+        lambda: FlowSchedule.dynamic(0),
+    ],
+)
 def test_bad_schedules_are_errors(wrong):
     with pytest.raises(ValueError, match="Set|Check"):
         wrong()
@@ -121,11 +128,17 @@ def test_an_sde_sample_does_not_depend_on_its_batch(h):
 
     def sample(rows):
         generators = [torch.Generator().manual_seed(row) for row in rows]
-        return policy_sample(lambda x, sigma, tau: one_component(x, sigma, (eps - x_0)[rows]), eps[rows],
-                             FlowSchedule(), 3, h=h, generators=generators)
+        return policy_sample(
+            lambda x, sigma, tau: one_component(x, sigma, (eps - x_0)[rows]),
+            eps[rows],
+            FlowSchedule(),
+            3,
+            h=h,
+            generators=generators,
+        )
 
     assert_close(sample([0, 1, 2])[2:], sample([2]), atol=1e-5, rtol=0)
-    assert (sample([0, 1, 2]) - eps + (eps - x_0)).abs().max() > 0.01    # noise was added
+    assert (sample([0, 1, 2]) - eps + (eps - x_0)).abs().max() > 0.01  # noise was added
 
 
 def test_flow_map_step_ends():

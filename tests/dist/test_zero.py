@@ -1,0 +1,339 @@
+"""ZeRO-3 over gloo processes against one process, and against a plain torch loop without any engine.
+
+One start of 2 processes and one of 1 train every scenario below; the tests compare what they return.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from ranks import run_ranks
+from torch.testing import assert_close
+
+from piflow_dist.config import Config, load_config
+
+STEPS, SAVED_AT = 5, 3
+COMMON = (
+    *TINY,
+    "train.batch_size=4",
+    "train.micro_batch_size=2",  # two micro-batches of 1 process, one of each of 2 processes
+    f"train.steps={STEPS}",
+    "train.max_skipped=2",
+    "checkpoint.every=100",
+    "tracking.enabled=false",
+    "policy.num_components=3",
+    "policy.logstd_inner_dim=16",
+)
+TEACHING = ("objective=flow_matching", "data.caption_dropout=0.3")
+MIXED = ("objective=imitation", "distill.num_decay_iters=4", "distill.guidance.scale=2.0")
+DATAFREE = ("objective=imitation_datafree", "distill.guidance.scale=2.0")
+SGD = ("optim.type=sgd", "optim.lr=0.02", "optim.clip=0")
+# An eps far above the gradients' rounding: g / |g| of a gradient that is rounding noise would compare noise.
+ADAMW = ("optim=adamw", "optim.lr=0.005", "optim.eps=1e-3", "optim.weight_decay=0.1", "optim.clip=0")
+MUON = ("optim=muon", "optim.muon_lr=0.02", "optim.lr=0.005", "optim.eps=1e-3")
+SCENARIOS = {
+    "teacher-sgd": (*TEACHING, *SGD),
+    "teacher-adamw": (*TEACHING, *ADAMW),
+    "teacher-clipped": (*TEACHING, *SGD, "optim.clip=0.05", "optim.clip_from_step=2"),
+    "teacher-muon": (*TEACHING, *MUON),
+    "mixed-sgd": (*MIXED, *SGD),
+    "mixed-adamw": (*MIXED, *ADAMW),
+    "mixed-muon": (*MIXED, *MUON),
+    "datafree-adamw": (*DATAFREE, *ADAMW),
+    "datafree-dx-sgd": (*DATAFREE, *SGD, "policy.type=dx", "policy.num_nodes=3"),
+}
+SAVED = ("teacher-adamw", "mixed-muon", "datafree-dx-sgd")
+POISONED = ("teacher-adamw", "teacher-muon")
+WITHOUT_ENGINE = [name for name in SCENARIOS if not name.endswith("muon")]
+
+
+@dataclass
+class Course:
+    """What one rank saw of a training."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    applied: list[bool] = field(default_factory=list)
+    shards: dict[str, np.ndarray] = field(default_factory=dict)
+    ema: dict[str, np.ndarray] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What one rank returns. `error`: the message that stopped the poisoned training."""
+
+    trained: dict[str, Course] = field(default_factory=dict)
+    resumed: dict[str, Course] = field(default_factory=dict)
+    plain: dict[str, Course] = field(default_factory=dict)
+    poisoned: dict[str, Course] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+def train_rank(rank: int, world_size: int, data: Path, teacher: Path, out: Path) -> Outcome:
+    """All scenarios on this rank. 2 processes save what 1 process resumes: they must have run before."""
+    from piflow_dist.parallel.topology import Topology
+
+    topology = Topology(rank, world_size, rank, torch.device("cpu"))
+    outcome = Outcome()
+    for name, options in SCENARIOS.items():
+        config = make_config(options, data, teacher, out / name)
+        if world_size == 2:
+            outcome.trained[name] = train_steps(config, topology, save=name in SAVED)
+        else:
+            outcome.trained[name] = train_steps(config, topology)
+        if world_size == 1 and name in WITHOUT_ENGINE:
+            outcome.plain[name] = train_without_engine(config)
+        if name in SAVED:
+            outcome.resumed[name] = train_steps(config, topology, from_checkpoint=True)
+        if world_size == 2 and name in POISONED:
+            poisoned = make_config(options, data, teacher, out / f"{name}-poisoned")
+            outcome.poisoned[name], outcome.errors[name] = train_poisoned(poisoned, topology)
+    return outcome
+
+
+def make_config(options: tuple[str, ...], data: Path, teacher: Path, run_dir: Path) -> Config:
+    return load_config([*COMMON, *options, f"data.root={data}", f"distill.teacher={teacher}", f"run_dir={run_dir}"])
+
+
+def train_steps(config: Config, topology: Any, save: bool = False, from_checkpoint: bool = False) -> Course:
+    from piflow_dist import train
+
+    run = train.build_run(config, topology)
+    if from_checkpoint:
+        train.resume(run)
+        assert run.state.step == SAVED_AT
+    course = Course()
+    while run.state.step < STEPS:
+        loss, result = train.train_step(run)
+        run.state.step += 1
+        run.ema.update(run.model.masters, run.state.step)
+        note(course, loss.item(), result)
+        if save and run.state.step == SAVED_AT:
+            train.save(run)
+    keep_weights(course, run)
+    return course
+
+
+def note(course: Course, loss: float, result: Any) -> None:
+    course.losses.append(loss)
+    course.norms.append(result.grad_norm)
+    course.applied.append(result.applied)
+
+
+def keep_weights(course: Course, run: Any) -> None:
+    course.shards = {name: value.detach().numpy().copy() for name, value in run.model.named(run.model.masters).items()}
+    course.ema = {name: value.detach().numpy().copy() for name, value in run.model.named(run.ema.averages).items()}
+    course.shapes = {shard.name: shard.shape for shard in run.model.shards}
+
+
+def train_poisoned(config: Config, topology: Any) -> tuple[Course, str]:
+    """The real loop on a stream that gives rank 1 alone a NaN in step 2, and in every step from 5 on."""
+    from piflow_dist import train
+
+    run = train.build_run(config, topology)
+    run.config.train.steps = 12
+    run.config.checkpoint.every = 1
+    healthy, course, taken, apply = run.stream.next, Course(), 0, run.model.step
+
+    def next_batch() -> dict:
+        nonlocal taken
+        batch, taken = healthy(), taken + 1
+        if topology.rank == 1 and (taken == 2 or taken >= 5):
+            batch["latents"][0, 0, 0, 0] = float("nan")
+        return batch
+
+    def step(*args: Any) -> Any:
+        before = [master.clone() for master in run.model.masters]
+        result = apply(*args)
+        note(course, 0.0, result)
+        changed = any(not torch.equal(old, new) for old, new in zip(before, run.model.masters, strict=True))
+        assert changed == result.applied, f"step {taken}: applied={result.applied}, but weights changed: {changed}"
+        return result
+
+    run.stream.next, run.model.step = next_batch, step
+    try:
+        train.train(run, None)
+    except FloatingPointError as error:
+        keep_weights(course, run)
+        return course, f"{error} [step {run.state.step}, skipped {run.state.skipped_total}]"
+    raise AssertionError("the training did not stop")
+
+
+def train_without_engine(config: Config) -> Course:
+    """The same batches, objectives and noise in a plain torch loop: no DeepSpeed, no shards."""
+    from data_pipeline.description import load_description
+    from data_pipeline.prompts import load_prompt_encoder
+    from data_pipeline.stream import LatentStream
+    from piflow_dist import train
+    from piflow_dist.launch.preflight import read_run_config, resolve_checkpoint
+    from piflow_dist.models.pretrained import load_model
+    from piflow_dist.models.qwen_image import build_student, build_teacher
+
+    if config.distils:
+        checkpoint = resolve_checkpoint(config.distill.teacher, "distill.teacher")
+        teacher = load_model(checkpoint, read_run_config(checkpoint)).requires_grad_(False)
+        module = build_student(teacher, config.model, config.policy, config.train.seed)
+    else:
+        teacher, module = None, build_teacher(config.model, config.train.seed)
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if config.optim.type == "sgd":
+        optimizer = torch.optim.SGD(parameters.values(), lr=config.optim.lr, momentum=config.optim.momentum)
+    else:
+        betas, eps, decay = tuple(config.optim.betas), config.optim.eps, config.optim.weight_decay
+        optimizer = torch.optim.AdamW(parameters.values(), config.optim.lr, betas, eps, decay)
+    description = load_description(config.data.root)
+    run = SimpleNamespace(
+        config=config,
+        schedule=train.build_schedule(config.schedule, description.latent_shape),
+        model=PlainModel(module),
+        teacher=teacher,
+        stream=LatentStream(config.data.root, "train", batch_size=2, global_batch=4, seed=config.train.seed),
+        topology=SimpleNamespace(device=torch.device("cpu")),
+        empty_LD=load_prompt_encoder(description.prompt_encoder).encode([""])[0],
+        state=SimpleNamespace(step=0),
+    )
+    course = Course()
+    for step in range(STEPS):
+        run.state.step, losses = step, []
+        for micro in range(2):
+            generator = torch.Generator().manual_seed(train.seed_from(config.train.seed, step, micro))
+            losses.append(train.micro_step(run, train.next_batch(run), 0.5, generator).item())
+        limit = config.optim.clip if config.optim.clip and step >= config.optim.clip_from_step else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), limit).item()
+        for group in optimizer.param_groups:
+            group["lr"] = config.optim.lr * min(1.0, (step + 1) / 2)  # optim.warmup_steps=2
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        note(course, sum(losses) / 2, SimpleNamespace(grad_norm=norm, applied=True))
+    course.shards = {name: p.detach().flatten().numpy().copy() for name, p in parameters.items()}
+    course.shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    return course
+
+
+class PlainModel:
+    """What the objectives use of TrainedModel."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.module = module
+
+    def __call__(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+
+def whole(ranks: list[Course], kind: str = "shards") -> dict[str, torch.Tensor]:
+    """Parameters joined from the ranks' shards."""
+    weights = {}
+    for name, shape in ranks[0].shapes.items():
+        flat = torch.cat([torch.from_numpy(getattr(course, kind)[name]) for course in ranks])
+        weights[name] = flat[: torch.Size(shape).numel()].reshape(shape)
+    return weights
+
+
+def assert_same_weights(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert found.keys() == want.keys()
+    for name in want:
+        assert_close(found[name], want[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    tiny_data: Path, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, list[Outcome]]:
+    """{number of processes: outcome of each}."""
+    out = tmp_path_factory.mktemp("zero")
+    return {
+        size: run_ranks(train_rank, size, size, tiny_data, teacher_run, out, time_limit=420) for size in (2, 1)
+    }
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_processes_train_like_one(outcomes: dict[int, list[Outcome]], name: str) -> None:
+    """Losses and weights to 1e-6. Muon's Newton-Schulz enlarges rounding in small singular values: 1e-5."""
+    (one,), two = [outcome.trained[name] for outcome in outcomes[1]], [outcome.trained[name] for outcome in outcomes[2]]
+    tolerance = 1e-5 if name.endswith("muon") else 1e-6
+    assert all(one.applied)
+    for course in two:
+        assert_close(course.losses, one.losses, rtol=tolerance, atol=0)
+        assert_close(course.norms, one.norms, rtol=tolerance, atol=0)
+    assert_same_weights(whole(two), whole([one]), tolerance)
+    assert_same_weights(whole(two, "ema"), whole([one], "ema"), tolerance)
+
+
+@pytest.mark.parametrize("name", WITHOUT_ENGINE)
+def test_the_engine_trains_like_plain_torch(outcomes: dict[int, list[Outcome]], name: str) -> None:
+    found, want = outcomes[1][0].trained[name], outcomes[1][0].plain[name]
+    assert_close(found.losses, want.losses, rtol=1e-6, atol=0)
+    assert_close(found.norms, want.norms, rtol=1e-6, atol=0)
+    assert_same_weights(whole([found]), whole([want]), 1e-6)
+
+
+def test_weights_have_moved_and_shards_are_shards(outcomes: dict[int, list[Outcome]]) -> None:
+    """The comparisons above would also hold for a training that does nothing, or that shards nothing."""
+    from piflow_dist.models.qwen_image import build_teacher
+
+    config = load_config([*COMMON, *TEACHING, "data.root=x", "run_dir=x"])
+    fresh = dict(build_teacher(config.model, config.train.seed).named_parameters())
+    for name in ("teacher-sgd", "teacher-adamw", "teacher-muon"):
+        trained = whole([outcomes[1][0].trained[name]])
+        still = [key for key, value in trained.items() if (value - fresh[key]).abs().max() < 1e-4]
+        assert len(still) < len(trained) / 2, (name, still)
+        two = [outcome.trained[name] for outcome in outcomes[2]]
+        assert all(course.shards["img_in.weight"].size == fresh["img_in.weight"].numel() // 2 for course in two)
+    losses = [outcomes[1][0].trained[name].losses for name in SCENARIOS]
+    assert all(np.isfinite(values).all() and max(values) > 1e-3 for values in losses), losses
+
+
+def test_clipping_binds(outcomes: dict[int, list[Outcome]]) -> None:
+    """The reported norm is the one before clipping, and from step 2 on the weights differ from the unclipped run's."""
+    free, clipped = (outcomes[1][0].trained[name] for name in ("teacher-sgd", "teacher-clipped"))
+    assert min(free.norms) > 0.1  # the limit is 0.05
+    assert clipped.losses[:3] == free.losses[:3]
+    assert clipped.losses[3:] != free.losses[3:]
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_resume_is_exact_on_the_same_processes_and_close_on_others(
+    outcomes: dict[int, list[Outcome]], name: str
+) -> None:
+    """Saved on 2 processes at step 3; each resumes it for two more steps."""
+    trained = [outcome.trained[name] for outcome in outcomes[2]]
+    for outcome, uninterrupted in zip(outcomes[2], trained, strict=True):
+        assert outcome.resumed[name].losses == uninterrupted.losses[SAVED_AT:]
+        assert outcome.resumed[name].norms == uninterrupted.norms[SAVED_AT:]
+    resumed = [outcome.resumed[name] for outcome in outcomes[2]]
+    for kind in ("shards", "ema"):
+        assert_same_weights(whole(resumed, kind), whole(trained, kind), 0)
+    tolerance = 1e-5 if name.endswith("muon") else 1e-6
+    alone = outcomes[1][0].resumed[name]
+    assert_close(alone.losses, trained[0].losses[SAVED_AT:], rtol=tolerance, atol=0)
+    for kind in ("shards", "ema"):
+        assert_same_weights(whole([alone], kind), whole(trained, kind), tolerance)
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_a_gradient_that_is_not_finite_is_skipped_everywhere_and_then_stops_the_run(
+    outcomes: dict[int, list[Outcome]], name: str
+) -> None:
+    """NaN on rank 1 alone, in step 2 and from step 5 on; train.max_skipped=2. (The ranks check the weights per step.)"""
+    for outcome in outcomes[2]:
+        course, error = outcome.poisoned[name], outcome.errors[name]
+        assert course.applied == [True, False, True, True, False, False]
+        assert all(np.isfinite(value).all() for value in (*course.shards.values(), *course.ema.values()))
+        assert error.startswith("The gradient was not finite in 2 steps in a row")
+        assert "optim.lr" in error and "train.max_skipped" in error
+        assert error.endswith("[step 6, skipped 3]")
+
+
+def test_muon_recovers_from_a_skipped_step(outcomes: dict[int, list[Outcome]]) -> None:
+    """Its momentum must not have taken the NaN in: the steps after it are applied with a finite norm."""
+    for outcome in outcomes[2]:
+        assert np.isfinite([outcome.poisoned["teacher-muon"].norms[i] for i in (0, 2, 3)]).all()
