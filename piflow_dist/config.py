@@ -109,10 +109,16 @@ class GuidanceConfig:
     """Share of the update along the conditional clean image that is removed, 0 to 1."""
 
     def __post_init__(self):
-        require(self.scale >= 1, f"guidance.scale={self.scale} is below 1: guidance acts only above 1. Use 1 for none.")
+        require(
+            self.scale >= 1,
+            f"distill.guidance.scale={self.scale} is below 1: guidance acts only above 1. Use 1 for none.",
+        )
+        require(len(self.interval) == 2, f"distill.guidance.interval={list(self.interval)} must be two numbers.")
         low, high = self.interval
-        require(0 <= low < high <= 1, f"guidance.interval={list(self.interval)} is not an interval inside [0, 1].")
-        require(0 <= self.orthogonal <= 1, f"guidance.orthogonal={self.orthogonal} must lie in [0, 1].")
+        require(
+            0 <= low < high <= 1, f"distill.guidance.interval={list(self.interval)} is not an interval inside [0, 1]."
+        )
+        require(0 <= self.orthogonal <= 1, f"distill.guidance.orthogonal={self.orthogonal} must lie in [0, 1].")
 
 
 @dataclass(kw_only=True)
@@ -229,6 +235,9 @@ class TrainConfig:
 
     def __post_init__(self):
         require_positive("train", self, "steps", "batch_size", "max_skipped")
+        if self.micro_batch_size is not None:
+            require_positive("train", self, "micro_batch_size")
+        require(self.seed >= 0, f"train.seed={self.seed} must not be negative.")
         require_choice("train.dtype", self.dtype, ("fp32", "bf16"))
 
     def accumulation(self, dp_size: int) -> tuple[int, int]:

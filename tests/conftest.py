@@ -107,8 +107,6 @@ def teacher_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Pa
 def student_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, teacher_run: Path) -> Path:
     """A GMFlow student of 4 NFE, four steps old."""
     run = tmp_path_factory.mktemp("student") / "student"
-    done = run_tool(
-        "launch", *STUDENT, f"data.root={tiny_data}", f"distill.teacher={teacher_run}", f"run_dir={run}"
-    )
+    done = run_tool("launch", *STUDENT, f"data.root={tiny_data}", f"distill.teacher={teacher_run}", f"run_dir={run}")
     assert done.returncode == 0, done.stdout
     return run

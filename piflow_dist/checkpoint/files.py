@@ -63,11 +63,14 @@ def steps_on_disk(folder: Path) -> list[int]:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object.")
+    return content
 
 
 def verify(folder: Path) -> None:
@@ -75,6 +78,8 @@ def verify(folder: Path) -> None:
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}.")
+    if not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{folder / MANIFEST} lists no files.")
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -100,11 +105,16 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed saves left behind."""
-    for step in steps_on_disk(folder)[keep:]:
+def remove_old(folder: Path, keep: int, newest: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints, and what killed saves left behind.
+
+    newest: the step just saved. Later folders (damaged ones that resuming skipped, or of a run that was started afresh)
+    do not count, so that they cannot push it out.
+    """
+    counted = [step for step in steps_on_disk(folder) if newest is None or step <= newest]
+    for step in counted[keep:]:
         # Renamed first: a kill inside the deletion must not leave a half-empty folder under a good name.
         doomed = folder / f".{step_name(step)}.removed"
         os.replace(folder / step_name(step), doomed)
-    for leftover in folder.glob(".step_*.removed"):
+    for leftover in (*folder.glob(".step_*.removed"), *folder.glob(".step_*.tmp")):
         shutil.rmtree(leftover)

@@ -66,7 +66,7 @@ def save_checkpoint(
             os.replace(temporary, final)
             sync_folder(folder)
             write_atomic(folder / LATEST, final.name + "\n")
-            remove_old(folder, keep)
+            remove_old(folder, keep, newest=step)
         except OSError as problem:
             error = problem
     stop_if_any_failed(error, topology, f"Checkpoint of step {step} could not be finished in {folder}")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from piflow_dist.config import ConfigError, LaunchConfig
+from piflow_dist.parallel.topology import LAUNCHER_PID
 
 
 class WorkerFailed(RuntimeError):
@@ -61,6 +62,7 @@ def run_workers(module: str, arguments: list[str], launch: LaunchConfig, log_dir
     check_devices(launch)
     log_dir.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(launch.threads or default_threads(launch.processes))
+    os.environ[LAUNCHER_PID] = str(os.getpid())
     config = ElasticConfig(
         min_nodes=1,
         max_nodes=1,

@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+LAUNCHER_PID = "PIFLOW_LAUNCHER_PID"
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -68,3 +70,7 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    # A launcher that died during this process's imports sends no signal any more.
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher and os.getppid() != int(launcher):
+        sys.exit("The launcher has died; this process ends too.")

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from piflow_dist.config import Config, load_config
 
 STEPS, SAVED_AT = 5, 3
+TOLERANCE = 1e-6
 COMMON = (
     *TINY,
     "train.batch_size=4",
@@ -41,7 +42,6 @@ SCENARIOS = {
     "teacher-adamw": (*TEACHING, *ADAMW),
     "teacher-clipped": (*TEACHING, *SGD, "optim.clip=0.05", "optim.clip_from_step=2"),
     "teacher-muon": (*TEACHING, *MUON),
-    "mixed-sgd": (*MIXED, *SGD),
     "mixed-adamw": (*MIXED, *ADAMW),
     "mixed-muon": (*MIXED, *MUON),
     "datafree-adamw": (*DATAFREE, *ADAMW),
@@ -238,42 +238,39 @@ def whole(ranks: list[Course], kind: str = "shards") -> dict[str, torch.Tensor]:
     return weights
 
 
-def assert_same_weights(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_same_weights(
+    found: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float = TOLERANCE
+) -> None:
     assert found.keys() == want.keys()
     for name in want:
         assert_close(found[name], want[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(scope="module")
-def outcomes(
-    tiny_data: Path, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, list[Outcome]]:
+def outcomes(tiny_data: Path, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Outcome]]:
     """{number of processes: outcome of each}."""
     out = tmp_path_factory.mktemp("zero")
-    return {
-        size: run_ranks(train_rank, size, size, tiny_data, teacher_run, out, time_limit=420) for size in (2, 1)
-    }
+    return {size: run_ranks(train_rank, size, size, tiny_data, teacher_run, out, time_limit=420) for size in (2, 1)}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_processes_train_like_one(outcomes: dict[int, list[Outcome]], name: str) -> None:
-    """Losses and weights to 1e-6. Muon's Newton-Schulz enlarges rounding in small singular values: 1e-5."""
+    """Losses, norms, weights and their average. All but the data-free ones are equal to the bit where this was written."""
     (one,), two = [outcome.trained[name] for outcome in outcomes[1]], [outcome.trained[name] for outcome in outcomes[2]]
-    tolerance = 1e-5 if name.endswith("muon") else 1e-6
     assert all(one.applied)
     for course in two:
-        assert_close(course.losses, one.losses, rtol=tolerance, atol=0)
-        assert_close(course.norms, one.norms, rtol=tolerance, atol=0)
-    assert_same_weights(whole(two), whole([one]), tolerance)
-    assert_same_weights(whole(two, "ema"), whole([one], "ema"), tolerance)
+        assert_close(course.losses, one.losses, rtol=TOLERANCE, atol=0)
+        assert_close(course.norms, one.norms, rtol=TOLERANCE, atol=0)
+    assert_same_weights(whole(two), whole([one]))
+    assert_same_weights(whole(two, "ema"), whole([one], "ema"))
 
 
 @pytest.mark.parametrize("name", WITHOUT_ENGINE)
 def test_the_engine_trains_like_plain_torch(outcomes: dict[int, list[Outcome]], name: str) -> None:
     found, want = outcomes[1][0].trained[name], outcomes[1][0].plain[name]
-    assert_close(found.losses, want.losses, rtol=1e-6, atol=0)
-    assert_close(found.norms, want.norms, rtol=1e-6, atol=0)
-    assert_same_weights(whole([found]), whole([want]), 1e-6)
+    assert_close(found.losses, want.losses, rtol=TOLERANCE, atol=0)
+    assert_close(found.norms, want.norms, rtol=TOLERANCE, atol=0)
+    assert_same_weights(whole([found]), whole([want]))
 
 
 def test_weights_have_moved_and_shards_are_shards(outcomes: dict[int, list[Outcome]]) -> None:
@@ -312,11 +309,10 @@ def test_resume_is_exact_on_the_same_processes_and_close_on_others(
     resumed = [outcome.resumed[name] for outcome in outcomes[2]]
     for kind in ("shards", "ema"):
         assert_same_weights(whole(resumed, kind), whole(trained, kind), 0)
-    tolerance = 1e-5 if name.endswith("muon") else 1e-6
     alone = outcomes[1][0].resumed[name]
-    assert_close(alone.losses, trained[0].losses[SAVED_AT:], rtol=tolerance, atol=0)
+    assert_close(alone.losses, trained[0].losses[SAVED_AT:], rtol=TOLERANCE, atol=0)
     for kind in ("shards", "ema"):
-        assert_same_weights(whole([alone], kind), whole(trained, kind), tolerance)
+        assert_same_weights(whole([alone], kind), whole(trained, kind))
 
 
 @pytest.mark.parametrize("name", POISONED)

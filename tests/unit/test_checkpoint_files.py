@@ -1,0 +1,231 @@
+"""Checkpoints on disk: whole or not at all, damage named, old ones removed, slices for another number of ranks."""
+
+import json
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from piflow_dist.checkpoint.files import (
+    FORMAT,
+    LATEST,
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    file_digest,
+    newest_complete,
+    remove_old,
+    shard_name,
+    step_name,
+    steps_on_disk,
+    verify,
+    write_atomic,
+)
+from piflow_dist.checkpoint.reader import load_checkpoint, read_weights
+from piflow_dist.launch.preflight import resolve_checkpoint
+
+SHAPES = {"head.weight": (3, 5), "norm.bias": (7,), "scalar": (1,), "even": (4, 2)}
+
+
+def parameters(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def shard_of(value: Tensor, rank: int, dp_size: int) -> Tensor:
+    """ZeRO's slice: rank-th of dp_size equal pieces of the flattened value, padded with zeros."""
+    size = math.ceil(value.numel() / dp_size)
+    flat = torch.zeros(size * dp_size)
+    flat[: value.numel()] = value.flatten()
+    return flat[rank * size : (rank + 1) * size].clone()
+
+
+def write_checkpoint(folder: Path, step: int, dp_size: int = 2) -> Path:
+    """A checkpoint as the docstring of checkpoint/files.py describes it, from values that tests know."""
+    path = folder / step_name(step)
+    path.mkdir(parents=True)
+    weights, ema, moments = (parameters(seed) for seed in (0, 1, 2))
+    for rank in range(dp_size):
+        tensors = {f"weights/{name}": shard_of(value, rank, dp_size) for name, value in weights.items()}
+        tensors |= {f"ema/{name}": shard_of(value, rank, dp_size) for name, value in ema.items()}
+        tensors |= {f"optimizer/exp_avg/{name}": shard_of(value, rank, dp_size) for name, value in moments.items()}
+        tensors |= {f"optimizer/step/{name}": torch.tensor(float(step)) for name in SHAPES}
+        save_file(tensors, path / shard_name(rank))
+    state = {"step": step, "dp_size": dp_size, "parameters": {name: list(shape) for name, shape in SHAPES.items()}}
+    (path / STATE).write_text(json.dumps(state))
+    files = {name: file_digest(path / name) for name in (STATE, *(shard_name(rank) for rank in range(dp_size)))}
+    (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}))
+    (folder / LATEST).write_text(path.name + "\n")
+    return path
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {"truncated": truncate, "zero length": empty, "one bit": flip_a_bit, "missing": Path.unlink}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [shard_name(0), shard_name(1), STATE, MANIFEST])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Path, name: str, damage: str) -> None:
+    older, newer = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 20)
+    if name == MANIFEST and damage == "one bit":
+        # In the middle of a hash: a manifest has no hash of its own, and needs none.
+        content = (newer / MANIFEST).read_text()
+        digest = file_digest(newer / shard_name(1))["sha256"]
+        (newer / MANIFEST).write_text(content.replace(digest, digest[:-1] + ("0" if digest[-1] != "0" else "1")))
+    else:
+        DAMAGES[damage](newer / name)
+    path, problems = newest_complete(tmp_path)
+    assert path == older
+    (problem,) = problems
+    assert problem.startswith(f"{newer.name} is skipped: ")
+    assert str(newer / (shard_name(1) if (name, damage) == (MANIFEST, "one bit") else name)) in problem
+    with pytest.raises(CheckpointError):
+        read_weights(newer)
+
+
+def test_a_whole_checkpoint_has_no_problems(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 10)
+    verify(path)
+    assert newest_complete(tmp_path) == (path, [])
+
+
+def test_nothing_there_is_no_checkpoint_and_no_problem(tmp_path: Path) -> None:
+    assert newest_complete(tmp_path / "checkpoints") == (None, [])
+
+
+def test_where_every_checkpoint_is_damaged_each_is_named(tmp_path: Path) -> None:
+    for step in (10, 20):
+        truncate(write_checkpoint(tmp_path, step) / shard_name(0))
+    path, problems = newest_complete(tmp_path)
+    assert path is None
+    assert [problem.split()[0] for problem in problems] == [step_name(20), step_name(10)]
+
+
+def test_unfinished_and_foreign_folders_do_not_count(tmp_path: Path) -> None:
+    """A save that was killed before its rename, one that was killed in a deletion, and what others put there."""
+    whole = write_checkpoint(tmp_path, 10)
+    os.rename(write_checkpoint(tmp_path, 30), tmp_path / f".{step_name(30)}.tmp")
+    os.rename(write_checkpoint(tmp_path, 40), tmp_path / f".{step_name(40)}.removed")
+    for name in ("step_50", "step_000000050", "step_00000050.bak", "step_0000005x"):
+        (tmp_path / name).mkdir()
+    assert steps_on_disk(tmp_path) == [10]
+    assert newest_complete(tmp_path) == (whole, [])
+
+
+def test_latest_is_a_hint_and_never_believed(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoints", 10)
+    for text in (step_name(99), "", "\0", "../../elsewhere"):
+        (tmp_path / "checkpoints" / LATEST).write_text(text)
+        assert resolve_checkpoint(str(tmp_path), "source").name == step_name(10)
+    (tmp_path / "checkpoints" / LATEST).unlink()
+    assert resolve_checkpoint(str(tmp_path), "source").name == step_name(10)
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 10)
+    (path / MANIFEST).write_text((path / MANIFEST).read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
+        verify(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"format": 1}', '{"format": 1, "files": [1]}'])
+def test_a_manifest_of_another_shape_is_a_damaged_one(tmp_path: Path, text: str) -> None:
+    older, newer = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 20)
+    (newer / MANIFEST).write_text(text)
+    path, problems = newest_complete(tmp_path)
+    assert path == older and len(problems) == 1
+
+
+def test_retention_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / f".{step_name(5)}.removed").mkdir()
+    (tmp_path / f".{step_name(15)}.tmp").mkdir()
+    remove_old(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, step_name(30), step_name(40)]
+
+
+def test_retention_never_removes_the_checkpoint_that_was_just_written(tmp_path: Path) -> None:
+    """Newer folders are damaged ones that resuming skipped, or those of a run that was started afresh."""
+    for step in (100, 110, 120):
+        truncate(write_checkpoint(tmp_path, step) / shard_name(0))
+    write_checkpoint(tmp_path, 90)
+    written = write_checkpoint(tmp_path, 95)
+    remove_old(tmp_path, keep=1, newest=95)
+    assert newest_complete(tmp_path)[0] == written
+    assert 90 not in steps_on_disk(tmp_path)
+
+
+@pytest.mark.parametrize("saved_on", [1, 2, 3, 4])
+@pytest.mark.parametrize("read_on", [1, 2, 3, 5, 8])
+def test_slices_for_another_number_of_ranks(tmp_path: Path, saved_on: int, read_on: int) -> None:
+    """Sizes of 15, 7, 1 and 8 elements: uneven on most of these, and fewer than ranks on some."""
+    path = write_checkpoint(tmp_path, 10, saved_on)
+    for rank in range(read_on):
+        loaded = load_checkpoint(path, rank, read_on)
+        for seed, found in ((0, loaded.weights), (1, loaded.ema)):
+            assert found.keys() == SHAPES.keys()
+            for name, value in parameters(seed).items():
+                assert torch.equal(found[name], shard_of(value, rank, read_on)), name
+        for name, value in parameters(2).items():
+            assert torch.equal(loaded.optimizer[f"exp_avg/{name}"], shard_of(value, rank, read_on)), name
+            assert loaded.optimizer[f"step/{name}"].item() == 10
+        assert loaded.state["step"] == 10
+
+
+@pytest.mark.parametrize("saved_on", [1, 3])
+def test_whole_parameters(tmp_path: Path, saved_on: int) -> None:
+    path = write_checkpoint(tmp_path, 10, saved_on)
+    for ema, seed in ((False, 0), (True, 1)):
+        found, want = read_weights(path, ema), parameters(seed)
+        assert found.keys() == want.keys()
+        assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that would run code when unpickled is an error, and the code does not run."""
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    path = write_checkpoint(tmp_path, 10, dp_size=1)
+    (path / shard_name(0)).write_bytes(pickle.dumps(Bomb()))
+    manifest = {"format": FORMAT, "files": {name: file_digest(path / name) for name in (STATE, shard_name(0))}}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    verify(path)
+    for read in (lambda: read_weights(path), lambda: load_checkpoint(path, 0, 1)):
+        with pytest.raises(CheckpointError):
+            read()
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_write_atomic_leaves_the_old_text_where_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "latest"
+    write_atomic(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"

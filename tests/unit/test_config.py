@@ -1,0 +1,169 @@
+"""Configuration: every shipped experiment loads, and what cannot run is refused with value, reason and option."""
+
+from pathlib import Path
+
+import pytest
+
+from piflow_dist.config import (
+    CONFIG_DIR,
+    Config,
+    ConfigError,
+    changed_keys,
+    load_config,
+    read_config,
+    save_config,
+)
+from piflow_dist.sampling.settings import SampleConfig
+
+EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
+TEACHER = ("objective=flow_matching", "run_dir=run", "data.root=data")
+STUDENT = ("objective=imitation", "run_dir=run", "data.root=data", "distill.teacher=teacher")
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(list(overrides))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_loads(name: str) -> None:
+    config = load_config([f"experiment={name}"])
+    assert isinstance(config, Config)
+    assert config.run_dir and config.data.root
+
+
+@pytest.mark.parametrize("group", ["model", "policy", "optim"])
+def test_every_group_file_loads(group: str) -> None:
+    for path in sorted((CONFIG_DIR / group).glob("*.yaml")):
+        assert isinstance(load_config([*TEACHER, f"{group}={path.stem}"]), Config)
+
+
+def test_there_are_experiments() -> None:
+    assert {"demo_teacher", "demo_gmm", "demo_dx", "demo_datafree"} <= set(EXPERIMENTS)
+
+
+def test_the_published_model_is_the_default() -> None:
+    model = load_config(list(TEACHER)).model
+    assert (model.num_layers, model.width, model.joint_attention_dim) == (60, 3072, 3584)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("distill.nfes=4", ("nfes", "num_intermediate_states")),  # the keys that exist there are listed
+        ("optimm.lr=1", ("optimm", "optim")),
+        ("experiment=demo_gm", ("demo_gm", "demo_gmm", "demo_dx")),
+        ("model=qwen", ("qwen", "qwen_image_tiny")),
+        ("train.steps=many", ("train.steps", "many")),
+        ("train.steps=1.5", ("train.steps", "1.5")),
+        ("distill.guidance.interval=3", ("distill.guidance.interval",)),
+    ],
+)
+def test_unknown_keys_groups_and_types(override: str, said: tuple[str, ...]) -> None:
+    message = refused(*STUDENT, override)
+    assert all(word in message for word in said), message
+    assert "\n" not in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("objective=distil", "imitation_datafree"),
+        ("policy.type=gm", "gmflow"),
+        ("policy.mode=cubic", "polynomial"),
+        ("policy.num_nodes=1", "2 or more"),
+        ("policy.num_components=0", "greater than zero"),
+        ("optim.type=adam", "adamw"),
+        ("optim.decay=step", "cosine"),
+        ("optim.lr=0", "greater than zero"),
+        ("optim.lr=nan", "greater than zero"),
+        ("optim.warmup_steps=-1", "negative"),
+        ("optim.betas=[0.9]", "two numbers"),
+        ("train.dtype=fp16", "bf16"),
+        ("train.steps=0", "greater than zero"),
+        ("train.seed=-1", "negative"),
+        ("train.micro_batch_size=0", "greater than zero"),
+        ("train.micro_batch_size=-2", "greater than zero"),
+        ("train.micro_batch_size=7", "does not divide"),
+        ("train.batch_size=63 launch.processes=2", "multiple of 2"),
+        ("launch.processes=0", "greater than zero"),
+        ("launch.device=gpu", "cuda"),
+        ("launch.threads=0", "greater than zero"),
+        ("launch.port=70000", "0 for a free one"),
+        ("checkpoint.keep=0", "greater than zero"),
+        ("checkpoint.every=0", "greater than zero"),
+        ("tracking.log_every=0", "greater than zero"),
+        ("ema.gamma=0", "greater than zero"),
+        ("schedule.shift=0", "greater than zero"),
+        ("data.caption_dropout=1", "[0, 1)"),
+        ("distill.nfe=0", "greater than zero"),
+        ("distill.final_step_size_scale=1.5", "(0, 1]"),
+        ("distill.component_dropout=1", "[0, 1)"),
+        ("distill.num_decay_iters=-1", "negative"),
+        ("distill.guidance.scale=0.5", "Use 1 for none"),
+        ("distill.guidance.interval=[0.8,0.2]", "inside [0, 1]"),
+        ("distill.guidance.interval=[0.1,0.2,0.3]", "two numbers"),
+        ("distill.guidance.orthogonal=2", "[0, 1]"),
+        ("model.num_layers=0", "greater than zero"),
+        ("model.axes_dims_rope=[16,56,54]", "attention_head_dim=128"),
+        ("model.axes_dims_rope=[17,55,56]", "even"),
+    ],
+)
+def test_values_that_cannot_work(override: str, said: str) -> None:
+    message = refused(*(*STUDENT, *override.split(" ")))
+    key, _, value = override.split(" ")[0].partition("=")
+    assert said in message and key in message, message
+    if not value.startswith("["):
+        assert value in message, message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("distill.teacher=null",), "Set distill.teacher"),
+        (("data.caption_dropout=0.1",), "data.caption_dropout=0"),
+        (("objective=imitation_datafree", "distill.num_decay_iters=10"), "distill.num_decay_iters=0"),
+        (("distill.nfe=30", "distill.window_substeps=3"), "smaller window"),
+        (("optim.type=muon", "optim.clip=1"), "optim.clip=0"),
+    ],
+)
+def test_combinations_that_cannot_work(overrides: tuple[str, ...], said: str) -> None:
+    assert said in refused(*STUDENT, *overrides)
+
+
+def test_missing_values_are_named() -> None:
+    message = refused("objective=flow_matching")
+    assert "data.root" in message and "run_dir" in message and "experiment=NAME" in message
+
+
+def test_what_is_possible_stays_possible() -> None:
+    assert load_config([*TEACHER, "data.caption_dropout=0.1"]).distill.teacher is None
+    assert load_config([*STUDENT, "distill.nfe=1"]).distill.nfe == 1
+    assert load_config([*STUDENT, "train.micro_batch_size=16"]).train.accumulation(2) == (2, 16)
+    assert load_config([*STUDENT]).train.accumulation(2) == (1, 32)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_saved_configuration_is_read_back_equal(name: str, tmp_path: Path) -> None:
+    config = load_config([f"experiment={name}", "optim.lr=3e-5", "train.micro_batch_size=4"])
+    save_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_saved_sampling_request_is_read_back_equal(tmp_path: Path) -> None:
+    config = load_config(["source=a", "out=b", "nfe=4", "temperature=0.3"], SampleConfig, "sample")
+    save_config(config, tmp_path / "settings.yaml")
+    assert read_config(tmp_path / "settings.yaml", SampleConfig) == config
+
+
+def test_changed_keys() -> None:
+    old = load_config(list(STUDENT))
+    new = load_config([*STUDENT, "distill.guidance.scale=3.0", "train.steps=7", "distill.teacher=other"])
+    assert changed_keys(old, old) == []
+    assert sorted(changed_keys(old, new)) == [
+        "distill.guidance.scale: 4.0 -> 3.0",
+        "distill.teacher: teacher -> other",
+        "train.steps: 1000 -> 7",
+    ]
