@@ -48,6 +48,8 @@ class ModelConfig:
     joint_attention_dim: int = 3584
     """Width of the prompt embeddings."""
     axes_dims_rope: list[int] = field(default_factory=lambda: [16, 56, 56])
+    guidance_embeds: bool = False
+    """The guidance scale is an input of the network: a guidance-distilled teacher (as FLUX.1-dev is), and its student."""
 
     @property
     def width(self) -> int:
@@ -355,6 +357,20 @@ class Config:
                 not (self.objective == "imitation_datafree" and self.distill.num_decay_iters > 0),
                 f"distill.num_decay_iters={self.distill.num_decay_iters} mixes in the teacher's trajectory, which "
                 "starts from data. Set distill.num_decay_iters=0 with objective=imitation_datafree.",
+            )
+        else:
+            require(
+                not self.model.guidance_embeds,
+                "model.guidance_embeds=true: flow matching does not teach a network what its guidance input means. "
+                "Set model.guidance_embeds=false with objective=flow_matching.",
+            )
+        if self.model.guidance_embeds:
+            guidance = self.distill.guidance
+            require(
+                list(guidance.interval) == [0, 1] and guidance.orthogonal == 0,
+                f"distill.guidance.interval={list(guidance.interval)} and distill.guidance.orthogonal="
+                f"{guidance.orthogonal} act on two velocities, but a network with model.guidance_embeds=true answers with "
+                "the guided one. Set distill.guidance.interval=[0,1] and distill.guidance.orthogonal=0.",
             )
 
 

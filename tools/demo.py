@@ -84,7 +84,9 @@ def plan(config: DemoConfig) -> list[Stage]:
         title = f"samples: teacher, {count} steps"
         stages.append(sample_stage(f"teacher_{count}", title, teacher, samples, images, overrides))
     title = f"samples: student, {NFE} NFE"
-    stages.append(sample_stage(f"{student_name}_{NFE}", title, student, samples, images, [f"nfe={NFE}"]))
+    # Temperature 1: these students are to be as near to their teacher as they can (docs/demo.md).
+    options = [f"nfe={NFE}", "temperature=1"]
+    stages.append(sample_stage(f"{student_name}_{NFE}", title, student, samples, images, options))
     stages.append(report_stage(config, student, long))
     return stages
 

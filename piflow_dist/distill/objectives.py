@@ -18,7 +18,7 @@ from piflow_dist.models.heads import PATCH, make_policy
 
 
 class Network(Protocol):
-    """A velocity network or a student: (x_BCHW, sigma_B, text_BLD, mask_BL) -> what its head returns."""
+    """A velocity network or a student: (x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B) -> what its head returns."""
 
     def __call__(self, *inputs: Tensor | None) -> Any: ...
 
@@ -56,16 +56,19 @@ class Batch:
 
 
 class TeacherVelocity:
-    """Guided velocity of the frozen teacher; takes any number of states per prompt at once, state-major."""
+    """Guided velocity of the frozen teacher; takes any number of states per prompt at once, state-major.
 
-    def __init__(self, teacher: Network, batch: Batch, guidance: GuidanceConfig):
-        self.teacher, self.guidance = teacher, guidance
+    embedded: the scale is the network's input (a guidance-distilled teacher): one evaluation, with the prompt.
+    """
+
+    def __init__(self, teacher: Network, batch: Batch, guidance: GuidanceConfig, embedded: bool = False):
+        self.teacher, self.guidance, self.embedded = teacher, guidance, embedded
         self.cond, self.uncond = batch, batch.without_prompts()
 
     @torch.no_grad()
     def __call__(self, x_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
         repeats, guidance = len(x_BCHW) // len(self.cond.mask_BL), self.guidance
-        if not needs_uncond(guidance.scale):
+        if self.embedded or not needs_uncond(guidance.scale):
             return self._evaluate(x_BCHW, sigma_B, [self.cond] * repeats)
         prompts = [self.cond] * repeats + [self.uncond] * repeats
         u_cond_BCHW, u_uncond_BCHW = self._evaluate(torch.cat([x_BCHW] * 2), torch.cat([sigma_B] * 2), prompts).chunk(2)
@@ -82,7 +85,13 @@ class TeacherVelocity:
     def _evaluate(self, x_BCHW: Tensor, sigma_B: Tensor, prompts: list[Batch]) -> Tensor:
         text_BLD = torch.cat([prompt.text_BLD for prompt in prompts])
         mask_BL = torch.cat([prompt.mask_BL for prompt in prompts])
-        return self.teacher(x_BCHW, sigma_B, text_BLD, mask_BL).float()
+        guidance_B = guidance_input(self.embedded, self.guidance.scale, sigma_B)
+        return self.teacher(x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B).float()
+
+
+def guidance_input(embedded: bool, scale: float, sigma_B: Tensor) -> Tensor | None:
+    """The guidance scale for networks that take it as an input."""
+    return torch.full_like(sigma_B, scale) if embedded else None
 
 
 def flow_matching_step(
@@ -127,7 +136,8 @@ def imitation_data_step(
     noise_BCHW = randn_like(batch.x0_BCHW, generator)
     x_src_BCHW = add_noise(batch.x0_BCHW, noise_BCHW, schedule.warp(tau_src_B))
     length_B = tau_src_B - boundaries[index_B + 1]
-    velocity, ratio = TeacherVelocity(teacher, batch, config.distill.guidance), teacher_ratio(step, config)
+    velocity = TeacherVelocity(teacher, batch, config.distill.guidance, config.model.guidance_embeds)
+    ratio = teacher_ratio(step, config)
     out = imitate(model, velocity, batch, x_src_BCHW, tau_src_B, length_B, config, schedule, ratio, generator)
     model.backward(out.loss * scale)
     return out.loss.detach()
@@ -146,7 +156,7 @@ def imitation_datafree_step(
 
     Of the batch's images only the shape is used. Returns the detached sum of the segments' losses weighted by length.
     """
-    velocity = TeacherVelocity(teacher, batch, config.distill.guidance)
+    velocity = TeacherVelocity(teacher, batch, config.distill.guidance, config.model.guidance_embeds)
     boundaries = segment_boundaries(config, schedule).to(batch.x0_BCHW.device)
     x_BCHW, losses = randn_like(batch.x0_BCHW, generator), []
     for tau, tau_next in zip(boundaries[:-1], boundaries[1:], strict=True):
@@ -173,7 +183,8 @@ def imitate(
 ) -> ImitationOutput:
     """One network evaluation and the imitation of one segment."""
     sigma_src_B = schedule.warp(tau_src_B)
-    outputs = model(x_src_BCHW, sigma_src_B, batch.text_BLD, batch.mask_BL)
+    guidance_B = guidance_input(config.model.guidance_embeds, config.distill.guidance.scale, sigma_src_B)
+    outputs = model(x_src_BCHW, sigma_src_B, batch.text_BLD, batch.mask_BL, guidance_B)
     policy = make_policy(outputs, x_src_BCHW, sigma_src_B, config.policy, base_segment(config), schedule.shift)
     trajectory_policy = policy.detach()
     if config.policy.type == "gmflow" and config.distill.component_dropout > 0:

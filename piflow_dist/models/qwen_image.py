@@ -22,22 +22,37 @@ TIME_CHANNELS = 256
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of 1000 sigma and a two-layer MLP: (B,) -> (B,D)."""
+    """Sinusoids of 1000 sigma, and of 1000 times the guidance scale, each through a two-layer MLP: (B,) -> (B,D)."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, guidance_embeds: bool):
         super().__init__()
-        self.timestep_embedder = nn.Module()
-        self.timestep_embedder.linear_1 = nn.Linear(TIME_CHANNELS, width)
-        self.timestep_embedder.linear_2 = nn.Linear(width, width)
+        self.timestep_embedder = embedder(width)
+        self.guidance_embedder = embedder(width) if guidance_embeds else None
 
-    def forward(self, sigma_B: Tensor, dtype: torch.dtype) -> Tensor:
-        # The published model rounds the noise level to the network's dtype before the sinusoids.
-        half = TIME_CHANNELS // 2
-        frequencies = torch.exp(torch.arange(half, device=sigma_B.device) * (-math.log(10_000) / half))
-        angles = 1000 * sigma_B.to(dtype).float()[:, None] * frequencies
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
-        embedder = self.timestep_embedder
-        return embedder.linear_2(F.silu(embedder.linear_1(waves)))
+    def forward(self, sigma_B: Tensor, guidance_B: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if (guidance_B is None) != (self.guidance_embedder is None):
+            raise ValueError(
+                f"guidance_B is {'missing' if guidance_B is None else 'given'}, but this model has "
+                f"guidance_embeds={self.guidance_embedder is not None}."
+            )
+        temb_BD = embed(self.timestep_embedder, sigma_B, dtype)
+        return temb_BD if guidance_B is None else temb_BD + embed(self.guidance_embedder, guidance_B, dtype)
+
+
+def embedder(width: int) -> nn.Module:
+    module = nn.Module()
+    module.linear_1 = nn.Linear(TIME_CHANNELS, width)
+    module.linear_2 = nn.Linear(width, width)
+    return module
+
+
+def embed(module: nn.Module, value_B: Tensor, dtype: torch.dtype) -> Tensor:
+    # The published models round the value to the network's dtype before the sinusoids.
+    half = TIME_CHANNELS // 2
+    frequencies = torch.exp(torch.arange(half, device=value_B.device) * (-math.log(10_000) / half))
+    angles = 1000 * value_B.to(dtype).float()[:, None] * frequencies
+    waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+    return module.linear_2(F.silu(module.linear_1(waves)))
 
 
 @lru_cache(maxsize=64)
@@ -160,9 +175,10 @@ class FinalNorm(nn.Module):
 
 
 class QwenImage(nn.Module):
-    """forward(x_BCHW, sigma_B, text_BLD, mask_BL) -> what the head returns.
+    """forward(x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B=None) -> what the head returns.
 
-    sigma is the noise level in [0, 1] (diffusers' timestep / 1000); mask is boolean over the padded text, or None.
+    sigma is the noise level in [0, 1] (diffusers' timestep / 1000); mask is boolean over the padded text, or None;
+    guidance is the scale, for models with guidance_embeds and only for these.
     leaf_modules: what a sharding engine should gather as one piece.
     """
 
@@ -172,7 +188,7 @@ class QwenImage(nn.Module):
         super().__init__()
         width = config.width
         self.axes = tuple(config.axes_dims_rope)
-        self.time_text_embed = TimestepEmbedder(width)
+        self.time_text_embed = TimestepEmbedder(width, config.guidance_embeds)
         self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=EPS)
         self.img_in = nn.Linear(config.latent_channels * PATCH * PATCH, width)
         self.txt_in = nn.Linear(config.joint_attention_dim, width)
@@ -187,12 +203,17 @@ class QwenImage(nn.Module):
             unused.requires_grad_(False)
 
     def forward(
-        self, x_BCHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, mask_BL: Tensor | None
+        self,
+        x_BCHW: Tensor,
+        sigma_B: Tensor,
+        text_BLD: Tensor,
+        mask_BL: Tensor | None,
+        guidance_B: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         dtype, (H, W) = self.img_in.weight.dtype, x_BCHW.shape[-2:]
         image_BTD = self.img_in(pack(x_BCHW.to(dtype)))
         text_BLD = self.txt_in(self.txt_norm(text_BLD.to(dtype)))
-        temb_BD = self.time_text_embed(sigma_B, dtype)
+        temb_BD = self.time_text_embed(sigma_B, guidance_B, dtype)
         rotary = rotary_angles(H // PATCH, W // PATCH, text_BLD.shape[1], self.axes, x_BCHW.device)
         mask_B11S = None if mask_BL is None else F.pad(mask_BL, (0, image_BTD.shape[1]), value=True)[:, None, None]
         for block in self.transformer_blocks:

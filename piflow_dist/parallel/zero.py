@@ -113,6 +113,8 @@ class TrainedModel:
             optimizer=client,
             config=deepspeed_config(optim, parallel, dtype),
         )
+        # After a step DeepSpeed refreshes the weights that every rank keeps whole with one message each; step() sends one.
+        self.kept_whole, self.optimizer.persistent_parameters = self.optimizer.persistent_parameters, []
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         names = {parameter: name for name, parameter in module.named_parameters()}
         self.shards = list(self._list_shards(names))
@@ -129,8 +131,14 @@ class TrainedModel:
             group["lr"] = lr * lr_scale
         self.optimizer.clip_grad = clip
         self.engine.step()
+        self._gather_kept_whole()
         norm = float(self.engine.get_global_grad_norm())
         return StepResult(grad_norm=norm, applied=not self.optimizer.overflow)
+
+    def _gather_kept_whole(self) -> None:
+        stale = [parameter for parameter in self.kept_whole if parameter.ds_status.name == "NOT_AVAILABLE"]
+        if stale:
+            stale[0].all_gather_coalesced(stale).wait()
 
     def _list_shards(self, names: dict[nn.Parameter, str]) -> Iterator[Shard]:
         for index, group in enumerate(self.optimizer.fp16_groups):
@@ -180,6 +188,6 @@ class TrainedModel:
                 self.optimizer.optimizer.state[master] = state
             # Working weights (bf16, or the fp32 copy that forward gathers) do not follow the masters by themselves.
             self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        persistent = self.optimizer.persistent_parameters
-        if persistent:
-            persistent[0].all_gather(persistent)
+        if self.kept_whole:
+            self.kept_whole[0].partition(self.kept_whole)
+            self._gather_kept_whole()

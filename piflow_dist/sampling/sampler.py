@@ -19,7 +19,7 @@ from data_pipeline.codec import Codec, load_codec
 from data_pipeline.description import load_description
 from data_pipeline.prompts import load_prompt_encoder, pad_prompts
 from piflow_dist.config import GuidanceConfig, read_config
-from piflow_dist.distill.objectives import Batch, TeacherVelocity, base_segment, build_schedule
+from piflow_dist.distill.objectives import Batch, TeacherVelocity, base_segment, build_schedule, guidance_input
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.flow.solvers import euler_sample, policy_sample
 from piflow_dist.launch.console import StepProgress
@@ -58,14 +58,16 @@ class Sampler:
         return self._student(noise_BCHW, batch, generators)
 
     def _teacher(self, noise_BCHW: Tensor, batch: Batch) -> Tensor:
-        velocity = TeacherVelocity(self.model, batch, GuidanceConfig(scale=self.request.config.guidance))
+        guidance = GuidanceConfig(scale=self.request.config.guidance)
+        velocity = TeacherVelocity(self.model, batch, guidance, self.request.run.model.guidance_embeds)
         return euler_sample(velocity, noise_BCHW, self.schedule, self.request.config.steps)
 
     def _student(self, noise_BCHW: Tensor, batch: Batch, generators: list[torch.Generator]) -> Tensor:
         run, config = self.request.run, self.request.config
 
         def predict(x_BCHW: Tensor, sigma_B: Tensor, tau_B: Tensor) -> GMFlowPolicy | DXPolicy:
-            outputs = self.model(x_BCHW, sigma_B, batch.text_BLD, batch.mask_BL)
+            guidance_B = guidance_input(run.model.guidance_embeds, run.distill.guidance.scale, sigma_B)
+            outputs = self.model(x_BCHW, sigma_B, batch.text_BLD, batch.mask_BL, guidance_B)
             return make_policy(outputs, x_BCHW, sigma_B, run.policy, base_segment(run), self.schedule.shift)
 
         return policy_sample(

@@ -88,7 +88,8 @@ class SampleRequest:
         """Network evaluations per image."""
         if self.kind == "student":
             return self.config.nfe or self.run.distill.nfe
-        return self.config.steps * (2 if self.config.guidance > 1 else 1)
+        unconditional = self.config.guidance > 1 and not self.run.model.guidance_embeds
+        return self.config.steps * (2 if unconditional else 1)
 
     @property
     def temperature(self) -> float | str:
