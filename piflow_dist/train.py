@@ -41,7 +41,7 @@ from piflow_dist.parallel.topology import Topology, start_process_group
 from piflow_dist.parallel.zero import FrozenModel, StepResult, TrainedModel
 from piflow_dist.tracking.tracker import Tracker
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("piflow_dist.train")  # __name__ is "__main__" in a training process
 
 
 @dataclass

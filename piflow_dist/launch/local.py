@@ -73,6 +73,8 @@ def run_workers(module: str, arguments: list[str], launch: LaunchConfig, log_dir
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.2,
+        # Ctrl-C is left to Python: the agent would pass SIGINT on, which workers ignore, and wait half a minute for them.
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
         logs_specs=DefaultLogsSpecs(
             log_dir=str(log_dir), redirects={rank: Std.ALL for rank in range(1, launch.processes)}
         ),

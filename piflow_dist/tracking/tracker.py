@@ -4,6 +4,7 @@ metrics.jsonl holds every step and is the truth; MLflow gets the same rows in ba
 """
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from omegaconf import OmegaConf
 
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import Config
+
+log = logging.getLogger(__name__)
 
 RUN_ID = "mlflow_run_id"
 METRICS = "metrics.jsonl"
@@ -65,9 +68,9 @@ class Tracker:
         self.metrics_file = MetricsFile(self.run_dir / METRICS, first_step)
         self.client, self.run_id = None, None
         if config.tracking.enabled:
-            self._open_run(config, first_step, world_size)
+            self._open_run(config, world_size)
 
-    def _open_run(self, config: Config, first_step: int, world_size: int) -> None:
+    def _open_run(self, config: Config, world_size: int) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import mlflow
 
@@ -80,11 +83,11 @@ class Tracker:
             experiment_id = self.client.create_experiment(config.tracking.experiment, artifact_location=artifacts)
         else:
             experiment_id = experiment.experiment_id
-        saved = self.run_dir / RUN_ID
-        if first_step > 1 and saved.exists():
-            self.run_id = saved.read_text().strip()
+        self.run_id = self._interrupted_run(uri) if config.checkpoint.resume else None
+        if self.run_id is not None:
             self.client.update_run(self.run_id, status="RUNNING")
         else:
+            saved = self.run_dir / RUN_ID
             self.run_id = self.client.create_run(experiment_id, run_name=self.run_dir.name).info.run_id
             write_atomic(saved, self.run_id + "\n")
             values = OmegaConf.to_container(OmegaConf.structured(config))
@@ -95,6 +98,23 @@ class Tracker:
         self.client.set_tag(self.run_id, "torch", torch.__version__)
         logged = self.client.get_run(self.run_id).data.tags.get("last_step")
         self.last_logged = int(logged) if logged else 0
+
+    def _interrupted_run(self, uri: str) -> str | None:
+        """The MLflow run that this run folder belongs to, if the store has it."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+        saved = self.run_dir / RUN_ID
+        if not saved.exists():
+            return None
+        run_id = saved.read_text().strip()
+        try:
+            return self.client.get_run(run_id).info.run_id
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+        log.warning("MLflow run %s is not in %s: this training goes on as a new run there", run_id, uri)
+        return None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record step (from 1)."""

@@ -33,7 +33,7 @@ COMMON = (
 TEACHING = ("objective=flow_matching", "data.caption_dropout=0.3")
 MIXED = ("objective=imitation", "distill.num_decay_iters=4", "distill.guidance.scale=2.0")
 DATAFREE = ("objective=imitation_datafree", "distill.guidance.scale=2.0")
-SGD = ("optim.type=sgd", "optim.lr=0.02", "optim.clip=0")
+SGD = ("optim.type=sgd", "optim.lr=0.2", "optim.clip=0")
 # An eps far above the gradients' rounding: g / |g| of a gradient that is rounding noise would compare noise.
 ADAMW = ("optim=adamw", "optim.lr=0.005", "optim.eps=1e-3", "optim.weight_decay=0.1", "optim.clip=0")
 MUON = ("optim=muon", "optim.muon_lr=0.02", "optim.lr=0.005", "optim.eps=1e-3")
@@ -45,7 +45,7 @@ SCENARIOS = {
     "mixed-adamw": (*MIXED, *ADAMW),
     "mixed-muon": (*MIXED, *MUON),
     "datafree-adamw": (*DATAFREE, *ADAMW),
-    "datafree-dx-sgd": (*DATAFREE, *SGD, "policy.type=dx", "policy.num_nodes=3"),
+    "datafree-dx-sgd": (*DATAFREE, *SGD, "optim.lr=0.02", "policy.type=dx", "policy.num_nodes=3"),
 }
 SAVED = ("teacher-adamw", "mixed-muon", "datafree-dx-sgd")
 POISONED = ("teacher-adamw", "teacher-muon")
@@ -279,10 +279,11 @@ def test_weights_have_moved_and_shards_are_shards(outcomes: dict[int, list[Outco
 
     config = load_config([*COMMON, *TEACHING, "data.root=x", "run_dir=x"])
     fresh = dict(build_teacher(config.model, config.train.seed).named_parameters())
-    for name in ("teacher-sgd", "teacher-adamw", "teacher-muon"):
+    # A fresh teacher is the zero field: plain gradient steps move little but its head and modulations at first.
+    for name, least in {"teacher-sgd": 0.1, "teacher-adamw": 3 / 4, "teacher-muon": 3 / 4}.items():
         trained = whole([outcomes[1][0].trained[name]])
         still = [key for key, value in trained.items() if (value - fresh[key]).abs().max() < 1e-4]
-        assert len(still) < len(trained) / 2, (name, still)
+        assert len(still) <= (1 - least) * len(trained), (name, still)
         two = [outcome.trained[name] for outcome in outcomes[2]]
         assert all(course.shards["img_in.weight"].size == fresh["img_in.weight"].numel() // 2 for course in two)
     losses = [outcomes[1][0].trained[name].losses for name in SCENARIOS]
