@@ -279,8 +279,8 @@ def test_weights_have_moved_and_shards_are_shards(outcomes: dict[int, list[Outco
 
     config = load_config([*COMMON, *TEACHING, "data.root=x", "run_dir=x"])
     fresh = dict(build_teacher(config.model, config.train.seed).named_parameters())
-    # A fresh teacher is the zero field: plain gradient steps move little but its head and modulations at first.
-    for name, least in {"teacher-sgd": 0.1, "teacher-adamw": 3 / 4, "teacher-muon": 3 / 4}.items():
+    # A fresh teacher is the zero field: at first little but its head and modulations has a gradient worth the name.
+    for name, least in {"teacher-sgd": 0.1, "teacher-adamw": 3 / 4, "teacher-muon": 0.4}.items():
         trained = whole([outcomes[1][0].trained[name]])
         still = [key for key, value in trained.items() if (value - fresh[key]).abs().max() < 1e-4]
         assert len(still) <= (1 - least) * len(trained), (name, still)
