@@ -1,8 +1,11 @@
 """A tiny data set, a tiny teacher and a tiny student, made once per test session."""
 
+import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -110,3 +113,35 @@ def student_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, teach
     done = run_tool("launch", *STUDENT, f"data.root={tiny_data}", f"distill.teacher={teacher_run}", f"run_dir={run}")
     assert done.returncode == 0, done.stdout
     return run
+
+
+def load_tool(name: str) -> ModuleType:
+    """tools/NAME.py as a module of this process."""
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", REPO / "tools" / f"{name}.py")
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tool
+    spec.loader.exec_module(tool)
+    return tool
+
+
+@pytest.fixture
+def refused_by(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[..., str]]:
+    """refused_by("launch")(*arguments): with what words the tool refuses them, exit code 2, before a process starts."""
+    from piflow_dist.cli import run_tool as run_in_this_process
+
+    def started(*arguments: object) -> None:
+        raise AssertionError("workers were started")
+
+    def refused_by(name: str) -> Callable[..., str]:
+        tool = load_tool(name)
+        monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", started)
+
+        def refused(*arguments: str) -> str:
+            with pytest.raises(SystemExit) as stop:
+                run_in_this_process(getattr(tool, name), list(arguments), "")
+            assert stop.value.code == 2
+            return capsys.readouterr().err
+
+        return refused
+
+    return refused_by

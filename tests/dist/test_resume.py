@@ -5,7 +5,6 @@ One run is interrupted in every way below, each time continued by the same comma
 """
 
 import errno
-import importlib.util
 import json
 import os
 import shutil
@@ -24,7 +23,6 @@ from conftest import REPO, STUDENT, TEACHER, TEACHER_STEPS
 
 from piflow_dist.checkpoint.files import LATEST, newest_complete, steps_on_disk, verify
 from piflow_dist.checkpoint.reader import read_weights
-from piflow_dist.cli import run_tool as run_in_this_process
 from piflow_dist.tracking.tracker import read_metrics
 
 PATIENCE = 240.0
@@ -273,22 +271,8 @@ def test_mlflow_has_one_run_with_every_step_once(interrupted: dict[str, Interrup
 
 
 @pytest.fixture
-def refuse(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """The message with which tools/launch.py refuses its arguments (run in this process: nothing is started)."""
-    spec = importlib.util.spec_from_file_location("launch_tool", REPO / "tools" / "launch.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def started(*arguments: object) -> None:
-        raise AssertionError("workers were started")
-
-    def refused(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as stop:
-            run_in_this_process(tool.launch, list(arguments), "")
-        assert stop.value.code == 2
-        return capsys.readouterr().err
-
-    return refused
+def refuse(refused_by: Callable[..., Callable[..., str]]) -> Callable[..., str]:
+    return refused_by("launch")
 
 
 def test_a_port_in_use(refuse: Callable[..., str], arguments: list[str], tmp_path: Path) -> None:
