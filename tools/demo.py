@@ -1,7 +1,7 @@
 """The demo: python tools/demo.py [variant=gmm|dx|datafree] [quick=true] [out=outputs/demo]. `make demo` calls it.
 
 Digits -> MDS shards -> teacher -> student on 2 ZeRO-3 processes -> samples -> report. Finished stages are kept; a stage that
-was interrupted goes on where it was; a stage whose settings changed is made again, and all after it.
+was interrupted goes on where it was; a stage whose settings changed is made again, and all that builds on it.
 """
 
 import hashlib
@@ -42,78 +42,89 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. What it makes is fresh while the command, its settings and the stages before it are the same."""
+    """One command. What it makes is fresh while the command, its settings and the stages it builds on are the same."""
 
     name: str
     title: str
     arguments: list[str]
     makes: Path
+    after: tuple["Stage", ...] = ()
     settings: str = ""
 
+    @property
+    def digest(self) -> str:
+        text = json.dumps([[stage.digest for stage in self.after], self.arguments, self.settings])
+        return hashlib.sha256(text.encode()).hexdigest()
 
-def train_stage(name: str, title: str, experiment: str, folder: Path, overrides: list[str]) -> Stage:
+
+def train_stage(title: str, experiment: str, folder: Path, overrides: list[str], *after: Stage) -> Stage:
     arguments = [f"experiment={experiment}", f"run_dir={folder}", *overrides]
     settings = OmegaConf.to_yaml(OmegaConf.structured(load_config(arguments)))
-    return Stage(name, title, ["launch.py", *arguments], folder, settings)
+    return Stage(folder.name, title, ["launch.py", *arguments], folder, after, settings)
 
 
-def sample_stage(name: str, title: str, source: Path, samples: Path, count: int, overrides: list[str]) -> Stage:
+def sample_stage(title: str, source: Stage, folder: Path, count: int, overrides: list[str]) -> Stage:
     images = [f"images_per_prompt={count}", "seed=2024", "launch.processes=2", "overwrite=true"]
-    folder = samples / name
-    return Stage(name, title, ["sample.py", f"source={source}", f"out={folder}", *images, *overrides], folder)
+    arguments = ["sample.py", f"source={source.makes}", f"out={folder}", *images, *overrides]
+    return Stage(folder.name, title, arguments, folder, (source,))
 
 
 def plan(config: DemoConfig) -> list[Stage]:
-    out, quick, student_name = Path(config.out), config.quick, f"student_{config.variant}"
-    data, teacher, student, samples = out / "data", out / "teacher", out / student_name, out / "samples"
+    out, quick = Path(config.out), config.quick
+    samples, common = out / "samples", [f"data.root={out / 'data'}"]
     teacher_steps, student_steps, images, long = [40, 20, 10, 20] if quick else [None, None, 50, 100]
-    common = [f"data.root={data}"]
-    stages = [
-        Stage("data", "5,000 digits -> DALI -> MDS shards", ["prepare_data.py", "source=digits", f"out={data}"], data),
-        train_stage("teacher", "teacher: flow matching", "demo_teacher", teacher, common + steps(teacher_steps)),
-        train_stage(
-            student_name,
-            f"student: imitation at {NFE} NFE",
-            f"demo_{config.variant}",
-            student,
-            [*common, f"distill.teacher={teacher}", f"distill.nfe={NFE}", *steps(student_steps)],
-        ),
+    arguments = ["prepare_data.py", "source=digits", f"out={out / 'data'}"]
+    data = Stage("data", "5,000 digits -> DALI -> MDS shards", arguments, out / "data")
+    teacher = train_stage(
+        "teacher: flow matching", "demo_teacher", out / "teacher", common + steps(teacher_steps), data
+    )
+    student = train_stage(
+        f"student: imitation at {NFE} NFE",
+        f"demo_{config.variant}",
+        out / f"student_{config.variant}",
+        [*common, f"distill.teacher={teacher.makes}", f"distill.nfe={NFE}", *steps(student_steps)],
+        teacher,
+    )
+    sampled = [
+        sample_stage(
+            f"samples: teacher, {count} steps",
+            teacher,
+            samples / f"teacher_{count}",
+            images,
+            [f"steps={count}", "guidance=2"],
+        )
+        for count in (long, 8, 4)
     ]
-    for count in (long, 8, 4):
-        overrides = [f"steps={count}", "guidance=2"]
-        title = f"samples: teacher, {count} steps"
-        stages.append(sample_stage(f"teacher_{count}", title, teacher, samples, images, overrides))
-    title = f"samples: student, {NFE} NFE"
     # Temperature 1: these students are to be as near to their teacher as they can (docs/demo.md).
     options = [f"nfe={NFE}", "temperature=1"]
-    stages.append(sample_stage(f"{student_name}_{NFE}", title, student, samples, images, options))
-    stages.append(report_stage(config, student, long))
-    return stages
+    folder = samples / f"{student.name}_{NFE}"
+    sampled.append(sample_stage(f"samples: student, {NFE} NFE", student, folder, images, options))
+    return [data, teacher, student, *sampled, report_stage(config, student, sampled)]
 
 
-def report_stage(config: DemoConfig, student: Path, long: int) -> Stage:
+def report_stage(config: DemoConfig, student: Stage, sampled: list[Stage]) -> Stage:
     out = Path(config.out)
     name = "report" if config.variant == "gmm" else f"report_{config.variant}"
-    sources = [f"teacher_{long}", "teacher_8", "teacher_4", f"{student.name}_{NFE}"]
+    tracking = tracking_uri(load_config([f"experiment=demo_{config.variant}", f"run_dir={student.makes}"]))
     arguments = [
         f"run={out}",
         f"name={name}",
-        f"student={student}",
-        f"sources={','.join(sources)}",
-        f"reference={sources[0]}",
+        f"student={student.makes}",
+        f"sources={','.join(stage.name for stage in sampled)}",
+        f"reference={sampled[0].name}",
         f"cache={out / 'feature_net'}",
-        f"mlflow={ui_command(tracking_uri(load_config([f'experiment=demo_{config.variant}', f'run_dir={student}'])))}",
+        f"mlflow={ui_command(tracking)}",
     ]
-    return Stage(name, "evaluation and report", ["report.py", *arguments], out / f"{name}.html")
+    return Stage(name, "evaluation and report", ["report.py", *arguments], out / f"{name}.html", tuple(sampled))
 
 
 def steps(count: int | None) -> list[str]:
     return [] if count is None else [f"train.steps={count}", "ema.start_step=5", f"checkpoint.every={count // 2}"]
 
 
-def run_stage(stage: Stage, digest: str, records: Path) -> None:
+def run_stage(stage: Stage, records: Path) -> None:
     """Run a stage's command unless its record says that it is finished."""
-    record = records / f"{stage.name}.json"
+    record, digest = records / f"{stage.name}.json", stage.digest
     found = json.loads(record.read_text()) if record.exists() else {}
     if found.get("digest") == digest and found.get("done") and stage.makes.exists():
         console.print(f"[green]✓[/] {stage.title} (done before, {found['seconds']:.0f} s)")
@@ -167,13 +178,11 @@ def demo(arguments: list[str]) -> None:
     except OSError as error:
         raise ConfigError(f"out={out} cannot be written: {error.strerror}. Choose another folder.") from error
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    stages, digest = plan(config), ""
+    stages = plan(config)
     for stage in stages:
-        text = json.dumps([digest, stage.arguments, stage.settings])
-        digest = hashlib.sha256(text.encode()).hexdigest()
         if stage is stages[-1]:
             write_timings(stages, records, out / "timings.json")
-        run_stage(stage, digest, records)
+        run_stage(stage, records)
     report = stages[-1].makes
     console.print(f"\n[bold]Report:[/] {report} and {report.with_suffix('.md')}", soft_wrap=True)
     console.print(f"[bold]Runs:[/]   {stages[-1].arguments[-1].removeprefix('mlflow=')}", soft_wrap=True)
