@@ -62,6 +62,8 @@ def run_workers(module: str, arguments: list[str], launch: LaunchConfig, log_dir
     check_devices(launch)
     log_dir.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(launch.threads or default_threads(launch.processes))
+    # Libraries tell users what their own authors should change; -W or PYTHONWARNINGS brings it back.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
     os.environ[LAUNCHER_PID] = str(os.getpid())
     config = ElasticConfig(
         min_nodes=1,

@@ -75,6 +75,7 @@ class Tracker:
         import mlflow
 
         uri = tracking_uri(config)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial database tables"
         self.client = mlflow.MlflowClient(tracking_uri=uri)
         experiment = self.client.get_experiment_by_name(config.tracking.experiment)
         if experiment is None:

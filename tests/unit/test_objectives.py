@@ -48,10 +48,14 @@ def column(value_B: Tensor) -> Tensor:
 
 
 def make_batch(B: int, empty_tokens: int = 2) -> Batch:
-    """Prompts of 1 to L tokens that all hold the prompt's tone, 0, 1, 2 ...; 99 where the mask is off."""
+    """Prompts of 1 to L tokens that all hold the prompt's tone, 0 to 4; 99 where the mask is off."""
     mask_BL = torch.arange(L) <= torch.arange(B)[:, None] % L
-    text_BLD = torch.where(mask_BL[..., None], torch.arange(B)[:, None, None].float(), 99.0).expand(B, L, D)
+    text_BLD = torch.where(mask_BL[..., None], tones(B)[:, None, None], 99.0).expand(B, L, D)
     return Batch(normal(B, C, H, W, seed=1) + 2, text_BLD, mask_BL, torch.full((empty_tokens, D), EMPTY_TONE))
+
+
+def tones(B: int) -> Tensor:
+    return torch.arange(B) % 5 / 1.0
 
 
 def tone(text_BLD: Tensor, mask_BL: Tensor) -> Tensor:
@@ -117,15 +121,6 @@ def test_teacher_velocity_row_by_row(name: str, empty_tokens: int) -> None:
         x_0 = x - sigma * u_cond
         update = update - guidance.orthogonal * (update * x_0).sum() / x_0.square().sum() * x_0
         assert_close(u_BCHW[i].double(), u_cond + update, rtol=1e-5, atol=1e-5)
-
-
-def test_teacher_that_takes_the_scale_is_asked_once_with_the_prompt_alone() -> None:
-    B, teacher = 3, Network(prompted_field)
-    x_BCHW, sigma_B = normal(2 * B, C, H, W), torch.linspace(0.1, 1, 2 * B)
-    u_BCHW = TeacherVelocity(teacher, make_batch(B), GuidanceConfig(scale=3.5), embedded=True)(x_BCHW, sigma_B)
-    (call,) = teacher.calls
-    assert torch.equal(call.guidance, torch.full((2 * B,), 3.5))
-    assert_close(u_BCHW, column(torch.arange(2 * B) % B) + 0.5 * column(sigma_B) * x_BCHW)
 
 
 def test_teacher_velocity_is_float32_without_gradients() -> None:
@@ -200,33 +195,55 @@ def toned_teacher() -> Network:
 
 
 def guided_tones(B: int) -> Tensor:
-    tones = torch.arange(B)
-    return column(tones + (GUIDANCE - 1) * (tones - EMPTY_TONE)).double()
+    return column(tones(B) + (GUIDANCE - 1) * (tones(B) - EMPTY_TONE)).double()
 
 
-def assert_straight_loss(loss: Tensor, v_CHW: Tensor, B: int, scale: float) -> None:
-    error = v_CHW.detach().double() - guided_tones(B)
-    assert_close(loss.double(), LOSS_SCALE / 2 * error.square().mean(), rtol=1e-4, atol=0)
-    assert_close(v_CHW.grad.double(), scale * LOSS_SCALE * error.sum(0) / error.numel(), rtol=1e-4, atol=1e-6)
+def sigmas_asked(teacher: Network, B: int) -> Tensor:
+    """(states, B), whether the teacher was asked state by state or at once; conditional rows come first."""
+    return torch.cat([call.sigma.chunk(2)[0].reshape(-1, B) for call in teacher.calls]).double()
+
+
+def gradient_of_straight_loss(v_CHW: Tensor, sigma_src_B: Tensor, sigma_MB: Tensor) -> Tensor:
+    """x_0 = x_s - s v and u = (x - x_0)/sigma at a state x that is held fixed: du/dv = s/sigma, along the window too."""
+    error_BCHW = v_CHW.detach().double() - guided_tones(len(sigma_src_B))
+    ratio_B = (sigma_src_B.double() / sigma_MB).mean(0)
+    return LOSS_SCALE * (column(ratio_B) * error_BCHW).mean(0) / (C * H * W)
+
+
+def straight_loss(v_CHW: Tensor, B: int) -> Tensor:
+    return LOSS_SCALE / 2 * (v_CHW.detach().double() - guided_tones(B)).square().mean()
+
+
+def on_data(config: Config, student: Network, batch: Batch, step: int = 0, scale: float = 1.0, seed: int = 5):
+    teacher = toned_teacher()
+    loss = objectives.imitation_data_step(student, teacher, batch, config, SCHEDULE, step, scale, seeded(seed))
+    return loss, teacher
+
+
+def from_noise(config: Config, student: Network, batch: Batch, scale: float = 1.0, seed: int = 5):
+    teacher = toned_teacher()
+    loss = objectives.imitation_datafree_step(student, teacher, batch, config, SCHEDULE, scale, seeded(seed))
+    return loss, teacher
 
 
 @pytest.mark.parametrize("stack", [True, False])
 def test_imitation_on_data(stack: bool) -> None:
     """Loss, gradient, sources at the segments' starts in proportion to their lengths, states on the way to their ends."""
-    B, M, config, teacher = 350, 2, distillation(stack_teacher_states=stack), toned_teacher()
-    batch, (v_CHW, student) = make_batch(B), straight_student()
-    loss = objectives.imitation_data_step(student, teacher, batch, config, SCHEDULE, 0, 0.25, seeded())
-    assert_straight_loss(loss, v_CHW, B, 0.25)
-    assert student.losses == [pytest.approx(0.25 * loss.item(), rel=1e-5)] and not loss.requires_grad
+    B, batch, (v_CHW, student) = 350, make_batch(350), straight_student()
+    loss, teacher = on_data(distillation(stack_teacher_states=stack), student, batch, scale=0.25)
     (call,) = student.calls
+    assert_close(loss.double(), straight_loss(v_CHW, B), rtol=1e-4, atol=0)
+    assert student.losses == [pytest.approx(0.25 * loss.item())] and not loss.requires_grad
+    want_CHW = 0.25 * gradient_of_straight_loss(v_CHW, call.sigma, sigmas_asked(teacher, B))
+    assert_close(v_CHW.grad.double(), want_CHW, rtol=1e-3, atol=1e-4)
     assert torch.equal(call.text, batch.text_BLD) and torch.equal(call.mask, batch.mask_BL) and call.guidance is None
-    segment_B = (column(call.sigma).flatten(1) - SCHEDULE.warp(TAUS[:-1])).abs().argmin(1)
+    segment_B = (call.sigma[:, None] - SCHEDULE.warp(TAUS[:-1])).abs().argmin(1)
     assert_close(call.sigma, SCHEDULE.warp(TAUS[segment_B]))
     for segment, share in enumerate((2 / 7, 2 / 7, 2 / 7, 1 / 7)):
-        assert (segment_B == segment).float().mean().item() == pytest.approx(share, abs=4 * (share / B) ** 0.5)
+        assert (segment_B == segment).double().mean().item() == pytest.approx(share, abs=4 * (share / B) ** 0.5)
     noise = noise_in(call.x, batch.x0_BCHW, call.sigma)
     assert abs(noise.mean()) < 0.1 and noise.std().item() == pytest.approx(1, abs=0.1)
-    assert len(teacher.calls) == (1 if stack else M)
+    assert len(teacher.calls) == (1 if stack else 2)
     for state in teacher.calls:
         for x, sigma in zip(state.x.split(B), state.sigma.split(B), strict=True):
             assert_close(x, call.x + column(sigma - call.sigma) * v_CHW.detach(), rtol=0, atol=1e-5)
@@ -238,8 +255,157 @@ def test_scheduled_mixing_follows_the_teacher_at_first_and_the_policy_at_last() 
     assert [objectives.teacher_ratio(step, config) for step in (0, 5, 10, 11)] == [1.0, 0.5, 0.0, 0.0]
     assert objectives.teacher_ratio(0, distillation()) == 0.0
     for step, slope in ((0, guided_tones(B).float()), (10, straight_student()[0].detach())):
-        teacher, (_, student) = toned_teacher(), straight_student()
-        objectives.imitation_data_step(student, teacher, make_batch(B), config, SCHEDULE, step, 1.0, seeded())
-        source, x, sigma = student.calls[0], teacher.calls[-1].x[-2 * B :][:B], teacher.calls[-1].sigma[-2 * B :][:B]
+        _, teacher = on_data(config, student := straight_student()[1], make_batch(B), step)
+        source, x, sigma = student.calls[0], teacher.calls[-1].x[-B:], teacher.calls[-1].sigma[-B:]  # the last state
         assert (source.sigma - sigma).max() > 0.01
         assert_close(x, source.x + column(sigma - source.sigma) * slope, rtol=0, atol=1e-4)
+
+
+def test_imitation_from_noise() -> None:
+    """One backward a segment before the next is entered, where the policy ended; each weighs its length."""
+    B, batch, (v_CHW, student) = 6, make_batch(6), straight_student()
+    loss, teacher = from_noise(distillation(), student, batch, scale=0.25)
+    lengths = -TAUS.diff()
+    assert student.order == ["forward", "backward"] * 4
+    assert_close(loss.double(), straight_loss(v_CHW, B), rtol=1e-4, atol=0)
+    assert student.losses == pytest.approx((0.25 * lengths * loss).tolist(), rel=1e-4)
+    noise, want_CHW = student.calls[0].x, torch.zeros(C, H, W, dtype=torch.float64)
+    for i, (call, sigma_MB) in enumerate(zip(student.calls, sigmas_asked(teacher, B).split(2), strict=True)):
+        assert_close(call.sigma, SCHEDULE.warp(TAUS[i]).expand(B))
+        assert_close(call.x, noise + (SCHEDULE.warp(TAUS[i]) - 1) * v_CHW.detach(), rtol=0, atol=1e-5)
+        assert torch.equal(call.text, batch.text_BLD) and torch.equal(call.mask, batch.mask_BL)
+        want_CHW += 0.25 * lengths[i] * gradient_of_straight_loss(v_CHW, call.sigma, sigma_MB)
+    assert_close(v_CHW.grad.double(), want_CHW, rtol=1e-3, atol=1e-4)
+    other = Batch(batch.x0_BCHW + 1, batch.text_BLD, batch.mask_BL, batch.empty_LD)
+    from_noise(distillation(), again := straight_student()[1], other)
+    assert torch.equal(again.calls[0].x, noise)  # the images are not looked at
+
+
+def bent_outputs(kind: str, x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+    curves = torch.stack([torch.sin(3 * x), column(sigma) * x, x.roll(1, 0) - 1], dim=1)
+    if kind == "dx":
+        return {"out": curves}
+    logweights = torch.stack([x[:, :1], -x[:, 1:2], x[:, :1] * 0], dim=1).log_softmax(1)
+    return {"means": curves, "logstds": torch.full((len(x), 1, 1, 1, 1), -1.0), "logweights": logweights}
+
+
+@pytest.mark.parametrize("kind", ["gmflow", "dx"])
+def test_training_from_noise_walks_the_path_of_sampling(kind: str) -> None:
+    policy, B = PolicyConfig(type=kind, num_components=3, num_nodes=3), 5
+    config = distillation(policy, component_dropout=0.0, total_substeps=512)
+    student = Network(lambda x, sigma, *_: {k: v.requires_grad_() for k, v in bent_outputs(kind, x, sigma).items()})
+    from_noise(config, student, make_batch(B))
+    seen = []
+
+    def predict(x: Tensor, sigma: Tensor, tau: Tensor):
+        seen.append((x, sigma))
+        return make_policy(bent_outputs(kind, x, sigma), x, sigma, policy, 2 / 7, SHIFT)
+
+    policy_sample(predict, student.calls[0].x, SCHEDULE, 4, total_substeps=512)
+    for call, (x, sigma) in zip(student.calls, seen, strict=True):
+        assert_close(call.sigma, sigma)
+        assert_close(call.x, x, rtol=0, atol=1e-3)
+    assert (seen[1][0] - seen[0][0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dropout, low, high", [(0.0, 0, 0), (0.5, 72, 128)])
+def test_dropped_components_leave_the_trajectory(dropout: float, low: int, high: int) -> None:
+    """Of two components one is dropped in half of the images (none in a quarter, none again where both would be): these
+    walk straight along the other."""
+    B, policy = 200, PolicyConfig(num_components=2)
+    config = distillation(policy, component_dropout=dropout, num_intermediate_states=1)
+    outputs = {"means": torch.ones(B, 2, C, H, W), "logstds": torch.full((B, 1, 1, 1, 1), -6.0)}
+    outputs |= {"logweights": torch.full((B, 2, 1, H, W), 0.5).log()}
+    outputs["means"][:, 1] = -1
+    student = Network(lambda *_: {name: value.requires_grad_() for name, value in outputs.items()})
+    (_, teacher) = on_data(config, student, make_batch(B))
+    (source,), (state,) = student.calls, teacher.calls
+    slope = (state.x[:B] - source.x) / column(state.sigma[:B] - source.sigma)
+    straight_B = ((slope.abs() - 1).abs() < 0.01).flatten(1).all(1) & (slope.flatten(1).std(1) < 0.01)
+    assert low <= straight_B.sum() <= high
+
+
+def test_guidance_is_an_input_of_student_and_teacher_where_the_model_takes_it() -> None:
+    for step in (on_data, from_noise):
+        _, teacher = step(distillation(guidance_embeds=True), student := straight_student()[1], make_batch(4))
+        for call in (*student.calls, *teacher.calls):
+            assert torch.equal(call.guidance, torch.full_like(call.sigma, GUIDANCE))
+            assert (tone(call.text, call.mask) >= 0).all()  # the teacher is not asked without a prompt
+
+
+# Where segments and noise come from.
+
+
+@pytest.mark.parametrize("nfe, last, base", [(4, 0.5, 2 / 7), (2, 1.0, 0.5), (1, 0.5, 2.0)])
+def test_segments_of_a_configuration(nfe: int, last: float, base: float) -> None:
+    config = distillation(nfe=nfe, final_step_size_scale=last)
+    assert objectives.base_segment(config) == pytest.approx(base)
+    lengths = -objectives.segment_boundaries(config, SCHEDULE).diff()
+    assert lengths.tolist() == pytest.approx([base] * (nfe - 1) + [base * last])
+
+
+def test_schedule_of_a_configuration() -> None:
+    assert objectives.build_schedule(ScheduleConfig(shift=2.5), (16, 8, 8)).shift == 2.5
+    for size, log_shift in (((16, 32, 32), 0.5), ((16, 64, 256), 1.15)):  # 256 and 4,096 tokens of 2 x 2
+        schedule = objectives.build_schedule(ScheduleConfig(shift=2.5, dynamic=True), size)
+        assert schedule.shift == pytest.approx(torch.tensor(log_shift).exp().item())
+
+
+@pytest.mark.parametrize("step", [on_data, from_noise, None])
+def test_all_noise_comes_from_the_generator(step) -> None:
+    def drawn(seed: int, global_seed: int) -> list[Tensor]:
+        torch.manual_seed(global_seed)
+        if step is None:
+            return [(out := flow_matching(8, seed=seed)).loss, out.call.x, out.call.sigma, out.call.text]
+        loss, teacher = step(distillation(), student := straight_student()[1], make_batch(8), seed=seed)
+        return [loss, *(value for call in (*student.calls, *teacher.calls) for value in (call.x, call.sigma))]
+
+    first, again, other = drawn(1, 1), drawn(1, 2), drawn(2, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[1], other[1])
+
+
+def test_an_image_gets_the_same_noise_whatever_the_split(tiny_data, monkeypatch) -> None:
+    """A global batch of 8 in micro-batches of 2 on 1, 2 and 4 processes; train_step seeds, the real stream serves."""
+    from data_pipeline.stream import LatentStream
+    from piflow_dist import train
+
+    def draws(dp_size: int, dp_rank: int, seed: int = 7) -> dict[tuple[int, bytes], tuple[bytes, float]]:
+        """(step, images) -> (the generator's noise, torch's own), of three steps."""
+        found, losses = {}, []
+
+        def micro_step(run, batch, scale, generator):
+            assert scale == 2 * dp_size / 8
+            noise = torch.randn(4, generator=generator).numpy().tobytes()
+            found[run.state.step, batch.x0_BCHW.numpy().tobytes()] = noise, torch.rand(()).item()
+            losses.append(batch.x0_BCHW.mean())
+            return losses[-1]
+
+        monkeypatch.setattr(train, "micro_step", micro_step)
+        options = {"batch_size": 2, "seed": 3, "dp_rank": dp_rank, "dp_size": dp_size, "global_batch": 8}
+        run = SimpleNamespace(
+            config=Config(
+                run_dir="unused",
+                objective="flow_matching",
+                data=DataConfig(root="unused"),
+                train=TrainConfig(batch_size=8, micro_batch_size=2, seed=seed),
+            ),
+            topology=SimpleNamespace(dp_size=dp_size, dp_rank=dp_rank, device=torch.device("cpu")),
+            stream=LatentStream(tiny_data, "train", **options),
+            model=SimpleNamespace(step=lambda lr_scale, clip: None),
+            state=train.TrainState(),
+            empty_LD=torch.zeros(1, 64),
+        )
+        for run.state.step in range(3):
+            losses.clear()
+            loss, _ = train.train_step(run)
+            assert_close(loss, torch.stack(losses).mean() / dp_size)  # all_reduce adds the other ranks' shares
+        return found
+
+    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: None)
+    whole = draws(1, 0)
+    assert len(whole) == 12 == len(set(whole.values()))
+    for dp_size in (2, 4):
+        parts = [draws(dp_size, rank) for rank in range(dp_size)]
+        assert {place: noise for part in parts for place, noise in part.items()} == whole
+    assert not set(draws(1, 0, seed=8).values()) & set(whole.values())
