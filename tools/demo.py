@@ -132,9 +132,9 @@ def run_stage(stage: Stage, records: Path) -> None:
     if found and found.get("digest") != digest and stage.makes.is_dir():
         console.print(f"[yellow]settings changed:[/] {stage.makes} is made again")
         shutil.rmtree(stage.makes)
-        found = {}
     console.print(f"[bold]▶ {stage.title}[/]")
-    before, began = found.get("seconds", 0.0), time.monotonic()
+    interrupted = found.get("digest") == digest and not found["done"] and stage.makes.exists()
+    before, began = found["seconds"] if interrupted else 0.0, time.monotonic()
     write_atomic(record, json.dumps({"digest": digest, "done": False, "seconds": before}))
     code = 1
     try:

@@ -6,6 +6,7 @@ metrics.jsonl holds every step and is the truth; MLflow gets the same rows in ba
 import json
 import logging
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 RUN_ID = "mlflow_run_id"
 METRICS = "metrics.jsonl"
+METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits
 
 
 def tracking_uri(config: Config) -> str:
@@ -30,7 +32,7 @@ def tracking_uri(config: Config) -> str:
 
 def ui_command(uri: str) -> str:
     """The command that opens the store in a browser."""
-    return f"mlflow ui --backend-store-uri {uri}" if not uri.startswith("http") else f"open {uri}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if not uri.startswith("http") else f"open {uri}"
 
 
 class MetricsFile:
@@ -88,20 +90,29 @@ class Tracker:
         if self.run_id is not None:
             self.client.update_run(self.run_id, status="RUNNING")
         else:
-            saved = self.run_dir / RUN_ID
             self.run_id = self.client.create_run(experiment_id, run_name=self.run_dir.name).info.run_id
-            write_atomic(saved, self.run_id + "\n")
-            values = OmegaConf.to_container(OmegaConf.structured(config))
-            for key, value in flatten(values):
-                self.client.log_param(self.run_id, key, value)
-            self.client.log_artifact(self.run_id, str(self.run_dir / "config.yaml"))
+            write_atomic(self.run_dir / RUN_ID, self.run_id + "\n")
+        self._describe_run(config, world_size)
+        # A batch of steps is one transaction: what the store has of the loss it has of every metric.
+        history = self.client.get_metric_history(self.run_id, "loss")
+        self.last_logged = max((metric.step for metric in history), default=0)
+
+    def _describe_run(self, config: Config, world_size: int) -> None:
+        """Settings and surroundings. The first settings stay, as MLflow's parameters cannot change; config.yaml follows."""
+        from mlflow.entities import Param
+
+        known = self.client.get_run(self.run_id).data.params
+        values = flatten(OmegaConf.to_container(OmegaConf.structured(config)))
+        missing = [Param(key, str(value)) for key, value in values if key not in known]
+        for start in range(0, len(missing), PARAMS_PER_CALL):
+            self.client.log_batch(self.run_id, params=missing[start : start + PARAMS_PER_CALL])
+        self.client.log_artifact(self.run_id, str(self.run_dir / "config.yaml"))
         self.client.set_tag(self.run_id, "world_size", world_size)
         self.client.set_tag(self.run_id, "torch", torch.__version__)
-        logged = self.client.get_run(self.run_id).data.tags.get("last_step")
-        self.last_logged = int(logged) if logged else 0
 
     def _interrupted_run(self, uri: str) -> str | None:
         """The MLflow run that this run folder belongs to, if the store has it."""
+        from mlflow.entities import LifecycleStage
         from mlflow.exceptions import MlflowException
         from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
@@ -110,11 +121,12 @@ class Tracker:
             return None
         run_id = saved.read_text().strip()
         try:
-            return self.client.get_run(run_id).info.run_id
+            if self.client.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE:
+                return run_id
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
                 raise
-        log.warning("MLflow run %s is not in %s: this training goes on as a new run there", run_id, uri)
+        log.warning("MLflow run %s is not in %s, or deleted there: this training goes on as a new run", run_id, uri)
         return None
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -127,22 +139,26 @@ class Tracker:
 
     def flush(self) -> None:
         """Send what is waiting. Steps that a killed run had already sent are not sent twice."""
-        if self.client is not None and self.rows:
-            from mlflow.entities import Metric
+        rows = [row for row in self.rows if row["step"] > self.last_logged] if self.client is not None else []
+        if rows:
+            self._send(rows)
+            self.last_logged = rows[-1]["step"]
+        self.rows = []
 
-            now = int(time.time() * 1000)
+    def _send(self, rows: list[dict[str, Any]]) -> None:
+        """In as few calls as MLflow takes, whole steps in each."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        rows_per_call = max(1, METRICS_PER_CALL // max(len(row) - 1 for row in rows))
+        for start in range(0, len(rows), rows_per_call):
             metrics = [
                 Metric(key, float(value), now, row["step"])
-                for row in self.rows
-                if row["step"] > self.last_logged
+                for row in rows[start : start + rows_per_call]
                 for key, value in row.items()
                 if key != "step"
             ]
-            for start in range(0, len(metrics), 1000):
-                self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
-            self.last_logged = max(self.last_logged, self.rows[-1]["step"])
-            self.client.set_tag(self.run_id, "last_step", self.last_logged)
-        self.rows = []
+            self.client.log_batch(self.run_id, metrics=metrics)
 
     def close(self, status: str) -> None:
         """status: FINISHED or FAILED."""
