@@ -88,7 +88,7 @@ class JointAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, head_width: int):
         super().__init__()
-        self.heads = heads
+        self.head_width = head_width
         for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
             setattr(self, name, nn.Linear(width, width))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
@@ -100,7 +100,7 @@ class JointAttention(nn.Module):
         self, image_BTD: Tensor, text_BLD: Tensor, mask_B11S: Tensor | None, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.heads, -1))
+            return x.unflatten(-1, (-1, self.head_width))  # under tensor parallelism: this rank's heads
 
         q_text, k_text = self.norm_added_q(heads(self.add_q_proj(text_BLD))), heads(self.add_k_proj(text_BLD))
         q_image, k_image = self.norm_q(heads(self.to_q(image_BTD))), heads(self.to_k(image_BTD))
@@ -179,7 +179,7 @@ class QwenImage(nn.Module):
 
     sigma is the noise level in [0, 1] (diffusers' timestep / 1000); mask is boolean over the padded text, or None;
     guidance is the scale, for models with guidance_embeds and only for these.
-    leaf_modules: what a sharding engine should gather as one piece.
+    leaf_modules: what a sharding engine should gather as one piece; parallel/tensor.py says how their linears may be split.
     """
 
     leaf_modules = (Block,)

@@ -1,0 +1,209 @@
+"""Tensor parallelism: a plan that says which layers of Qwen-Image are split over a tensor-parallel group, and how.
+
+A column layer holds rows of its weight (outputs), a row layer columns (inputs); between the two nothing is communicated. What
+the plan does not name is replicated: its gradients agree on all ranks of the group because everything that reads it does.
+
+Every split parameter is marked (tensor_model_parallel, partition_dim): the gradient norm counts it on every rank, and a
+replicated one only once. Imported where parallel.tp > 1 only: Megatron takes seconds to import.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+
+Split = Literal["column", "column, joined", "row", "partial norm", "shared input"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose whole name matches `pattern` (a regular expression) are split in this way."""
+
+    pattern: str
+    split: Split
+
+
+BLOCK = r"transformer_blocks\.\d+\."
+QWEN_IMAGE_PLAN = (
+    # Whole attention heads. Queries, keys and values of a stream read one input: its gradient is summed once for the three.
+    Rule(BLOCK + r"attn", "shared input"),
+    Rule(BLOCK + r"attn\.(to_[qkv]|add_[qkv]_proj)", "column"),
+    Rule(BLOCK + r"attn\.(to_out\.0|to_add_out)", "row"),
+    # One weight per channel of a head, for every head: a rank's gradient is that of its own heads.
+    Rule(BLOCK + r"attn\.norm_(added_)?[qk]", "partial norm"),
+    Rule(BLOCK + r"(img|txt)_mlp\.net\.0\.proj", "column"),
+    Rule(BLOCK + r"(img|txt)_mlp\.net\.2", "row"),
+    # A third of the model. What comes out is small (six numbers per channel and image), and whole channels are wanted.
+    Rule(BLOCK + r"(img|txt)_mod\.1", "column, joined"),
+)
+
+
+class PlanError(ValueError):
+    """The plan does not fit the model, or the group's size does not divide it."""
+
+
+def split_layers(model: nn.Module, plan: tuple[Rule, ...], group: dist.ProcessGroup) -> None:
+    """Replace the layers that the plan names by this rank's part of them, in place, weights included.
+
+    Parameter names stay as they are. Raises PlanError for a rule that matches nothing and for sizes that the group does
+    not divide, before anything is replaced.
+    """
+    matches = {rule: [name for name, _ in model.named_modules() if re.fullmatch(rule.pattern, name)] for rule in plan}
+    for rule, names in matches.items():
+        if not names:
+            raise PlanError(f"The tensor-parallel plan's rule {rule.pattern!r} matches no layer of this model.")
+    for rule, names in matches.items():
+        for name in names:
+            split_layer(model, name, rule.split, group)
+
+
+def split_layer(model: nn.Module, name: str, split: Split, group: dist.ProcessGroup) -> None:
+    module = model.get_submodule(name)
+    match split:
+        case "shared input":
+            module.register_forward_pre_hook(SharedInput(group))
+        case "partial norm":
+            model.set_submodule(name, PartialNorm(module, group))
+        case "column" | "column, joined":
+            parent = model.get_submodule(name.rpartition(".")[0])
+            reads_shared = any(isinstance(hook, SharedInput) for hook in parent._forward_pre_hooks.values())
+            model.set_submodule(name, ColumnLinear(name, module, group, split == "column, joined", reads_shared))
+        case "row":
+            model.set_submodule(name, RowLinear(name, module, group))
+
+
+def share(size: int, group: dist.ProcessGroup, name: str) -> slice:
+    """This rank's part of `size` channels."""
+    if size % group.size():
+        raise PlanError(
+            f"parallel.tp={group.size()} does not divide the {size} channels of {name}. Choose another parallel.tp."
+        )
+    part = size // group.size()
+    return slice(group.rank() * part, (group.rank() + 1) * part)
+
+
+def partition_dim(parameter: nn.Parameter) -> int | None:
+    """The dimension along which a parameter is split over the tensor-parallel group; None where it is replicated."""
+    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+
+
+def mark(parameter: nn.Parameter, dim: int) -> None:
+    """As split along `dim`. Megatron marks the weights that it initialises, and these are loaded."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+
+
+def megatron_config(dtype: torch.dtype) -> ModelParallelConfig:
+    # Without "CPU initialization" Megatron allocates on the current CUDA device, with or without one.
+    return ModelParallelConfig(params_dtype=dtype, use_cpu_initialization=True, perform_initialization=False)
+
+
+def no_init(weight: Tensor) -> Tensor:
+    return weight
+
+
+@torch.no_grad()
+def take(parameter: nn.Parameter, whole: nn.Parameter, part: tuple[slice, ...]) -> None:
+    parameter.requires_grad_(whole.requires_grad)
+    if not whole.is_meta:
+        parameter.copy_(whole[part])
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """Rows of a linear layer's weight. Returns this rank's output channels, or all of them where they are joined."""
+
+    def __init__(self, name: str, linear: nn.Linear, group: dist.ProcessGroup, joined: bool, reads_shared: bool):
+        with torch.device(linear.weight.device):
+            super().__init__(
+                linear.in_features,
+                linear.out_features,
+                config=megatron_config(linear.weight.dtype),
+                init_method=no_init,
+                disable_grad_reduce=reads_shared,
+                tp_group=group,
+            )
+        rows = share(linear.out_features, group, name)
+        for parameter, whole in ((self.weight, linear.weight), (self.bias, linear.bias)):
+            mark(parameter, 0)
+            take(parameter, whole, (rows,))
+        self.joined = joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = super().forward(x)
+        return Join.apply(y, self.tp_group) if self.joined else y
+
+
+class RowLinear(RowParallelLinear):
+    """Columns of a linear layer's weight: reads this rank's channels, returns the sum over the group."""
+
+    def __init__(self, name: str, linear: nn.Linear, group: dist.ProcessGroup):
+        with torch.device(linear.weight.device):
+            super().__init__(
+                linear.in_features,
+                linear.out_features,
+                config=megatron_config(linear.weight.dtype),
+                init_method=no_init,
+                bias=True,
+                input_is_parallel=True,
+                skip_bias_add=False,
+                tp_group=group,
+            )
+        columns = share(linear.in_features, group, name)
+        mark(self.weight, 1)
+        take(self.weight, linear.weight, (slice(None), columns))
+        take(self.bias, linear.bias, (slice(None),))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+class PartialNorm(nn.Module):
+    """RMS norm over a head's channels, applied to this rank's heads; the weight's gradient is summed over the group."""
+
+    def __init__(self, norm: nn.RMSNorm, group: dist.ProcessGroup):
+        super().__init__()
+        self.weight, self.eps, self.group = norm.weight, norm.eps, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = copy_to_tensor_model_parallel_region(self.weight, self.group)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
+
+
+class SharedInput:
+    """Forward pre-hook: the gradients of the first two inputs (image and text tokens) are summed over the group."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
+        image_BTD, text_BLD, *others = inputs
+        return (*(copy_to_tensor_model_parallel_region(x, self.group) for x in (image_BTD, text_BLD)), *others)
+
+
+class Join(torch.autograd.Function):
+    """All ranks' channels from each rank's, in the order of ranks. Megatron's own gather needs a CUDA device.
+
+    What follows is computed alike on all ranks, so a rank's gradient is its own part of it.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ANN001 (torch's context)
+        ctx.group = group
+        parts = [torch.empty_like(y) for _ in range(group.size())]
+        dist.all_gather(parts, y.contiguous(), group=group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+        return grad.chunk(ctx.group.size(), dim=-1)[ctx.group.rank()].contiguous(), None
