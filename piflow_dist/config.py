@@ -247,7 +247,7 @@ class TrainConfig:
         require(
             self.batch_size % dp_size == 0,
             f"train.batch_size={self.batch_size} does not split over {dp_size} data-parallel processes. "
-            f"Use a multiple of {dp_size}, or change launch.processes.",
+            f"Use a multiple of {dp_size}, or change launch.processes or parallel.tp.",
         )
         share = self.batch_size // dp_size
         micro = self.micro_batch_size or share
@@ -274,10 +274,15 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
+    tp: int = 1
+    """Processes that share every layer (tensor parallelism), inside a node; the others are data-parallel under ZeRO-3."""
     persistence_threshold: int = 100_000
     """ZeRO-3 keeps parameters of fewer elements whole on every process: gathering them costs more than they weigh."""
     memory_efficient_linear: bool = True
     """Let no graph hold gathered weights between forward and backward. Costs time per layer that a small model feels."""
+
+    def __post_init__(self):
+        require_positive("parallel", self, "tp")
 
 
 @dataclass(kw_only=True)
@@ -336,13 +341,31 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    def check_parallel(self) -> None:
+        tp, processes, heads = self.parallel.tp, self.launch.processes, self.model.num_attention_heads
+        require(
+            processes % tp == 0,
+            f"launch.processes={processes} are not whole tensor-parallel groups of parallel.tp={tp}. "
+            "Choose a multiple of parallel.tp.",
+        )
+        require(
+            heads % tp == 0,
+            f"parallel.tp={tp} does not divide the model's {heads} attention heads (model.num_attention_heads). "
+            f"Choose one of {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}.",
+        )
+        require(
+            tp == 1 or self.optim.type != "muon",
+            f"optim.type=muon orthogonalises whole matrices, which parallel.tp={tp} splits. Use optim.type=adamw.",
+        )
+        self.train.accumulation(processes // tp)
+
     @property
     def distils(self) -> bool:
         return self.objective != "flow_matching"
 
     def __post_init__(self):
         require_choice("objective", self.objective, ("flow_matching", "imitation", "imitation_datafree"))
-        self.train.accumulation(self.launch.processes)
+        self.check_parallel()
         if self.distils:
             require(
                 bool(self.distill.teacher),

@@ -125,7 +125,7 @@ def train_step(run: Run) -> tuple[Tensor, StepResult]:
     clip = config.optim.clip if state.step >= config.optim.clip_from_step else 0.0
     result = run.model.step(lr_scale(state.step, config), clip)
     loss = torch.stack(losses).mean()
-    dist.all_reduce(loss)
+    dist.all_reduce(loss, group=run.topology.dp_group)
     return loss / run.topology.dp_size, result
 
 
@@ -188,7 +188,8 @@ def resume(run: Run) -> None:
         log.warning("%s", problem)
     if path is None:
         return
-    loaded = load_checkpoint(path, run.topology.dp_rank, run.topology.dp_size)
+    place = run.topology
+    loaded = load_checkpoint(path, place.dp_rank, place.dp_size, place.tp_rank, place.tp)
     run.model.load(loaded.weights, loaded.optimizer)
     for name, average in run.model.named(run.ema.averages).items():
         average.copy_(loaded.ema[name])
@@ -246,7 +247,7 @@ def main() -> None:
     config = read_config(Path(sys.argv[1]))
     # Ctrl-C reaches every process of a terminal at once; the launcher alone answers it and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    topology = start_process_group(config.launch.device, config.launch.timeout_seconds)
+    topology = start_process_group(config.launch.device, config.launch.timeout_seconds, config.parallel.tp)
     start_logging(topology.rank, f"{config.run_dir}/logs/rank_{topology.rank}.log")
     run = build_run(config, topology)
     if config.checkpoint.resume:

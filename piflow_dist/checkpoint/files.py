@@ -15,7 +15,7 @@ from typing import Any
 MANIFEST = "manifest.json"
 STATE = "state.json"
 LATEST = "latest"
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(RuntimeError):

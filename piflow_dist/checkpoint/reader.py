@@ -1,10 +1,12 @@
 """Read a run's checkpoint: this rank's shards of it, or whole parameters. Knows nothing of engines or ranks of its own."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -23,15 +25,15 @@ class LoadedState:
     state: dict[str, Any]
 
 
-def load_checkpoint(path: Path, dp_rank: int, dp_size: int) -> LoadedState:
-    """This rank's shards of a verified checkpoint, also where it was saved on another number of ranks."""
+def load_checkpoint(path: Path, dp_rank: int, dp_size: int, tp_rank: int = 0, tp: int = 1) -> LoadedState:
+    """This rank's shards of a verified checkpoint, also where it was saved on other numbers of ranks."""
     state = read_json(path / STATE)
-    reader = ShardReader(path, state["dp_size"])
+    reader = ShardReader(path, state["dp_size"], state["tp"])
     tensors: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, EMA: {}, OPTIMIZER: {}}
     for key in reader.names():
         kind, _, name = key.partition("/")
-        shape = state["parameters"][name if kind != OPTIMIZER else name.partition("/")[2]]
-        tensors[kind][name] = reader.read(key, numel_of(shape), dp_rank, dp_size)
+        layout = Layout(**state["parameters"][name if kind != OPTIMIZER else name.partition("/")[2]])
+        tensors[kind][name] = reader.read(key, layout, dp_rank, dp_size, tp_rank, tp)
     return LoadedState(tensors[WEIGHTS], tensors[EMA], tensors[OPTIMIZER], state)
 
 
@@ -39,41 +41,64 @@ def read_weights(path: Path, ema: bool = True) -> dict[str, Tensor]:
     """Whole trained parameters, fp32, by name: for sampling, export and as a teacher. Raises CheckpointError."""
     verify(path)
     state = read_json(path / STATE)
-    reader = ShardReader(path, state["dp_size"])
+    reader = ShardReader(path, state["dp_size"], state["tp"])
     kind = EMA if ema else WEIGHTS
     return {
-        name: reader.read(f"{kind}/{name}", numel_of(shape), 0, 1)[: numel_of(shape)].reshape(shape)
-        for name, shape in state["parameters"].items()
+        name: reader.read_whole(f"{kind}/{name}", Layout(**layout)) for name, layout in state["parameters"].items()
     }
 
 
-def numel_of(shape: list[int]) -> int:
-    return torch.Size(shape).numel()
+@dataclass(frozen=True)
+class Layout:
+    """How a parameter was saved. shape: of one tensor-parallel slice, a part along split_dim (None: of the whole)."""
+
+    shape: list[int]
+    split_dim: int | None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 class ShardReader:
     """Flattened parameters across the rank files of one checkpoint; reads only the elements that are asked for."""
 
-    def __init__(self, folder: Path, dp_size: int):
+    def __init__(self, folder: Path, dp_size: int, tp: int):
         try:
-            self.files = [safe_open(folder / shard_name(rank), framework="pt") for rank in range(dp_size)]
+            files = [safe_open(folder / shard_name(rank), framework="pt") for rank in range(dp_size * tp)]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder} cannot be read: {error}") from error
+        self.slices = [files[tp_rank::tp] for tp_rank in range(tp)]
+        """Files by tensor-parallel rank, then data-parallel rank."""
 
     def names(self) -> list[str]:
-        return list(self.files[0].keys())
+        return list(self.slices[0][0].keys())
 
-    def read(self, key: str, numel: int, dp_rank: int, dp_size: int) -> Tensor:
-        """Elements of rank `dp_rank` of `dp_size`, padded with zeros to the common shard size; scalars as they are."""
-        first = self.files[0].get_slice(key)
-        if not first.get_shape():
-            return self.files[0].get_tensor(key)
-        saved_size, size = first.get_shape()[0], -(-numel // dp_size)
+    def read(self, key: str, layout: Layout, dp_rank: int, dp_size: int, tp_rank: int, tp: int) -> Tensor:
+        """The elements of one rank, padded with zeros to the common shard size; scalars as they are."""
+        if not self.slices[0][0].get_slice(key).get_shape():
+            return self.slices[0][0].get_tensor(key)
+        if layout.split_dim is None or tp == len(self.slices):
+            return self._read_flat(key, layout.numel, dp_rank, dp_size, 0 if layout.split_dim is None else tp_rank)
+        flat = self.read_whole(key, layout).chunk(tp, layout.split_dim)[tp_rank].flatten()
+        size = -(-len(flat) // dp_size)
+        mine = flat[dp_rank * size : (dp_rank + 1) * size]
+        return F.pad(mine, (0, size - len(mine)))
+
+    def read_whole(self, key: str, layout: Layout) -> Tensor:
+        wanted = range(len(self.slices) if layout.split_dim is not None else 1)
+        parts = [self._read_flat(key, layout.numel, 0, 1, tp_rank).reshape(layout.shape) for tp_rank in wanted]
+        return parts[0] if layout.split_dim is None else torch.cat(parts, layout.split_dim)
+
+    def _read_flat(self, key: str, numel: int, dp_rank: int, dp_size: int, tp_rank: int) -> Tensor:
+        """Elements of rank `dp_rank` of `dp_size` of one tensor-parallel slice."""
+        files = self.slices[tp_rank]
+        saved_size, size = files[0].get_slice(key).get_shape()[0], -(-numel // dp_size)
         start, end = dp_rank * size, min((dp_rank + 1) * size, numel)
         pieces = []
-        for rank, file in enumerate(self.files):
+        for rank, file in enumerate(files):
             low, high = max(start, rank * saved_size), min(end, (rank + 1) * saved_size)
             if low < high:
                 pieces.append(file.get_slice(key)[low - rank * saved_size : high - rank * saved_size])
         flat = torch.cat(pieces) if pieces else torch.empty(0)
-        return torch.nn.functional.pad(flat, (0, size - len(flat)))
+        return F.pad(flat, (0, size - len(flat)))

@@ -86,8 +86,8 @@ def write_shard(folder: Path, model: TrainedModel, ema_flats: list[Tensor], topo
 
 
 def write_manifest(folder: Path, step: int, model: TrainedModel, state: dict, topology: Topology) -> None:
-    parameters = {shard.name: list(shard.shape) for shard in model.shards}
-    content = {"step": step, "dp_size": topology.dp_size, "parameters": parameters, **state}
+    parameters = {shard.name: {"shape": shard.shape, "split_dim": shard.split_dim} for shard in model.shards}
+    content = {"step": step, "dp_size": topology.dp_size, "tp": topology.tp, "parameters": parameters, **state}
     write_atomic(folder / STATE, json.dumps(content, indent=1))
     files = {STATE: file_digest(folder / STATE)}
     for rank in range(topology.world_size):

@@ -93,11 +93,6 @@ def share(size: int, group: dist.ProcessGroup, name: str) -> slice:
     return slice(group.rank() * part, (group.rank() + 1) * part)
 
 
-def partition_dim(parameter: nn.Parameter) -> int | None:
-    """The dimension along which a parameter is split over the tensor-parallel group; None where it is replicated."""
-    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-
-
 def mark(parameter: nn.Parameter, dim: int) -> None:
     """As split along `dim`. Megatron marks the weights that it initialises, and these are loaded."""
     if not getattr(parameter, "tensor_model_parallel", False):

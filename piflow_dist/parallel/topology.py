@@ -6,33 +6,63 @@ import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from piflow_dist.parallel.groups import ParallelUnit
 
 LAUNCHER_PID = "PIFLOW_LAUNCHER_PID"
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A process's place. Data-parallel only so far: dp_rank is the global rank."""
+    """A process's place: tensor-parallel ranks are consecutive, data-parallel ranks tp apart."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    tp: int = 1
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
 
     @property
     def dp_rank(self) -> int:
-        return self.rank
+        return self.rank // self.tp
 
     @property
     def dp_size(self) -> int:
-        return self.world_size
+        return self.world_size // self.tp
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        return dist.group.WORLD if self.mpu is None else self.mpu.get_data_parallel_group()
+
+    @property
+    def mpu(self) -> "ParallelUnit | None":
+        """The groups as DeepSpeed asks for them; None without tensor parallelism."""
+        if self.tp == 1:
+            return None
+        from piflow_dist.parallel.groups import ParallelUnit
+
+        return ParallelUnit()
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def partition_dim(parameter: torch.nn.Parameter) -> int | None:
+    """The dimension along which a parameter is split over the tensor-parallel group; None where it is replicated.
+
+    The marks are Megatron's, and DeepSpeed's gradient norm reads them.
+    """
+    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -48,8 +78,11 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def start_process_group(device: str, timeout_seconds: int) -> Topology:
-    """Join the process group described by torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*)."""
+def start_process_group(device: str, timeout_seconds: int, tp: int = 1) -> Topology:
+    """Join the process group described by torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*).
+
+    tp: ranks per tensor-parallel group; must divide the number of processes.
+    """
     die_with_parent()
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     chosen = choose_device(device, local_rank)
@@ -62,7 +95,11 @@ def start_process_group(device: str, timeout_seconds: int) -> Topology:
         # Optimisers decorated with torch.compile would call a C++ compiler for functions that take microseconds here.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         dist.init_process_group("gloo", timeout=timeout)
-    return Topology(rank, world_size, local_rank, chosen)
+    if tp > 1:
+        from piflow_dist.parallel.groups import start_groups
+
+        start_groups(tp, timeout)
+    return Topology(rank, world_size, local_rank, chosen, tp)
 
 
 def die_with_parent() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from piflow_dist.config import OptimConfig, ParallelConfig
-from piflow_dist.parallel.topology import Topology
+from piflow_dist.parallel.topology import Topology, partition_dim
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,14 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Shard:
-    """One parameter's part on this rank: elements [dp_rank * size, (dp_rank + 1) * size) of it, flattened and padded."""
+    """One parameter's part on this rank: elements [dp_rank * size, (dp_rank + 1) * size) of it, flattened and padded.
+
+    shape is that of this tensor-parallel rank's slice, which is one of tp equal parts along split_dim (None: it is whole).
+    """
 
     name: str
     shape: tuple[int, ...]
+    split_dim: int | None
     size: int
     group: int
     offset: int
@@ -79,15 +83,24 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     return deepspeed
 
 
+def split(module: nn.Module, topology: Topology) -> None:
+    """This tensor-parallel rank's part of a whole model, in place."""
+    if topology.tp > 1:
+        from piflow_dist.parallel.tensor import QWEN_IMAGE_PLAN, split_layers
+
+        split_layers(module, QWEN_IMAGE_PLAN, topology.mpu.get_tensor_model_parallel_group())
+
+
 class FrozenModel:
     """A model without optimiser whose weights are sharded over the data-parallel ranks."""
 
     def __init__(self, module: nn.Module, topology: Topology, parallel: ParallelConfig, dtype: str):
         deepspeed = import_deepspeed(topology.device)
         module.requires_grad_(False).eval()
+        split(module, topology)
         deepspeed.utils.set_z3_leaf_modules(module, list(module.leaf_modules))
         self.engine, *_ = deepspeed.initialize(
-            model=module.to(topology.device), config=deepspeed_config(None, parallel, dtype)
+            model=module.to(topology.device), mpu=topology.mpu, config=deepspeed_config(None, parallel, dtype)
         )
 
     def __call__(self, *inputs: Tensor | None) -> Any:
@@ -100,6 +113,7 @@ class TrainedModel:
     def __init__(self, module: nn.Module, topology: Topology, optim: OptimConfig, parallel: ParallelConfig, dtype: str):
         deepspeed = import_deepspeed(topology.device)
         self.topology, self.optim = topology, optim
+        split(module, topology)
         module = module.to(topology.device)
         # Hooks on every linear would cost more than the arithmetic of a small model, and many small messages of a large one.
         deepspeed.utils.set_z3_leaf_modules(module, list(module.leaf_modules))
@@ -111,6 +125,7 @@ class TrainedModel:
             model=module,
             model_parameters=parameters,
             optimizer=client,
+            mpu=topology.mpu,
             config=deepspeed_config(optim, parallel, dtype),
         )
         # After a step DeepSpeed refreshes the weights that every rank keeps whole with one message each; step() sends one.
@@ -145,7 +160,8 @@ class TrainedModel:
             offset = 0
             for parameter in group:
                 size = parameter.partition_numel()
-                yield Shard(names[parameter], tuple(parameter.ds_shape), size, index, offset)
+                split_dim = partition_dim(parameter)
+                yield Shard(names[parameter], tuple(parameter.ds_shape), split_dim, size, index, offset)
                 offset += size
 
     @property

@@ -62,6 +62,7 @@ class Course:
     shards: dict[str, np.ndarray] = field(default_factory=dict)
     ema: dict[str, np.ndarray] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    split_dims: dict[str, int | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -130,6 +131,7 @@ def keep_weights(course: Course, run: Any) -> None:
     course.shards = {name: value.detach().numpy().copy() for name, value in run.model.named(run.model.masters).items()}
     course.ema = {name: value.detach().numpy().copy() for name, value in run.model.named(run.ema.averages).items()}
     course.shapes = {shard.name: shard.shape for shard in run.model.shards}
+    course.split_dims = {shard.name: shard.split_dim for shard in run.model.shards}
 
 
 def train_poisoned(config: Config, topology: Any) -> tuple[Course, str]:

@@ -56,7 +56,8 @@ def write_checkpoint(folder: Path, step: int, dp_size: int = 2) -> Path:
         tensors |= {f"optimizer/exp_avg/{name}": shard_of(value, rank, dp_size) for name, value in moments.items()}
         tensors |= {f"optimizer/step/{name}": torch.tensor(float(step)) for name in SHAPES}
         save_file(tensors, path / shard_name(rank))
-    state = {"step": step, "dp_size": dp_size, "parameters": {name: list(shape) for name, shape in SHAPES.items()}}
+    layouts = {name: {"shape": list(shape), "split_dim": None} for name, shape in SHAPES.items()}
+    state = {"step": step, "dp_size": dp_size, "tp": 1, "parameters": layouts}
     (path / STATE).write_text(json.dumps(state))
     files = {name: file_digest(path / name) for name in (STATE, *(shard_name(rank) for rank in range(dp_size)))}
     (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}))

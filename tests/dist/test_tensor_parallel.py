@@ -1,0 +1,96 @@
+"""Tensor parallelism alone and with ZeRO-3: the same training as one process, to rounding, weight by weight."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_zero import ADAMW, DATAFREE, MIXED, SGD, TEACHING, Course, make_config, train_steps, whole
+from torch.testing import assert_close
+
+WORLDS = {"one": (1, 1), "tp2": (2, 2), "dp2 x tp2": (4, 2)}
+"""(processes, of these in a tensor-parallel group)."""
+CLIPPED = ("optim.clip=0.05", "optim.clip_from_step=2")
+SCENARIOS = {
+    "teacher-sgd": (*TEACHING, *SGD, *CLIPPED),
+    "mixed-adamw": (*MIXED, *ADAMW, *CLIPPED),
+    "datafree-sgd": (*DATAFREE, *SGD, *CLIPPED),
+}
+SAVED = "mixed-adamw"
+
+
+def train_rank(rank: int, world_size: int, tp: int, data: Path, teacher: Path, out: Path) -> dict[str, Course]:
+    from datetime import timedelta
+
+    from piflow_dist.parallel.topology import Topology
+
+    if tp > 1:
+        from piflow_dist.parallel.groups import start_groups
+
+        start_groups(tp, timedelta(seconds=600))
+    topology = Topology(rank, world_size, rank, torch.device("cpu"), tp)
+    parallel = (f"launch.processes={world_size}", f"parallel.tp={tp}")
+    trained = {}
+    for name, options in SCENARIOS.items():
+        micro = 4 // (world_size // tp) // (1 if world_size == 4 else 2)
+        config = make_config((*options, *parallel, f"train.micro_batch_size={micro}"), data, teacher, out / name)
+        trained[name] = train_steps(config, topology, save=name == SAVED and world_size == 4)
+    config = make_config((*SCENARIOS[SAVED], *parallel), data, teacher, out / SAVED)
+    trained["resumed"] = train_steps(config, topology, from_checkpoint=True)
+    return trained
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    tiny_data: Path, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Course]]]:
+    out = tmp_path_factory.mktemp("tensor_parallel")
+    worlds = dict(sorted(WORLDS.items(), key=lambda item: -item[1][0]))  # the largest saves what all of them resume
+    return {
+        name: run_ranks(train_rank, size, size, tp, tiny_data, teacher_run, out, time_limit=420)
+        for name, (size, tp) in worlds.items()
+    }
+
+
+def joined(ranks: list[Course], tp: int, kind: str = "shards") -> dict[str, torch.Tensor]:
+    """Whole parameters from all ranks' shards; replicated ones must be equal on all tensor-parallel ranks, to the bit."""
+    slices = [whole(ranks[tp_rank::tp], kind) for tp_rank in range(tp)]
+    weights: dict[str, torch.Tensor] = {}
+    for name, split_dim in ranks[0].split_dims.items():
+        parts = [part[name] for part in slices]
+        if split_dim is None:
+            assert all(torch.equal(part, parts[0]) for part in parts), name
+        weights[name] = parts[0] if split_dim is None else torch.cat(parts, split_dim)
+    return weights
+
+
+def assert_same_training(found: list[Course], tp: int, want: Course) -> None:
+    for course in found:
+        assert_close(course.losses, want.losses, rtol=1e-6, atol=0)
+        assert_close(course.norms, want.norms, rtol=1e-6, atol=0)
+    for kind in ("shards", "ema"):
+        weights, wanted = joined(found, tp, kind), joined([want], 1, kind)
+        assert weights.keys() == wanted.keys()
+        for name in wanted:
+            assert_close(weights[name], wanted[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("world", ["tp2", "dp2 x tp2"])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_trains_like_one_process(outcomes: dict[str, Any], name: str, world: str) -> None:
+    assert_same_training([rank[name] for rank in outcomes[world]], WORLDS[world][1], outcomes["one"][0][name])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_resumes_what_four_processes_saved(outcomes: dict[str, Any], world: str) -> None:
+    found, want = [rank["resumed"] for rank in outcomes[world]], outcomes["one"][0][SAVED]
+    for course in found:
+        assert_close(course.losses, want.losses[-len(course.losses) :], rtol=1e-5, atol=0)
+    weights, wanted = joined(found, WORLDS[world][1]), joined([want], 1)
+    assert all((weights[name] - wanted[name]).abs().max() < 1e-5 for name in wanted)
+
+
+def test_the_plan_splits_what_is_large(outcomes: dict[str, Any]) -> None:
+    one, two = (sum(shard.size for shard in outcomes[world][0]["teacher-sgd"].shards.values()) for world in ("one", "tp2"))
+    assert two < 0.7 * one
