@@ -101,6 +101,28 @@ class PolicyConfig:
 
 
 @dataclass(kw_only=True)
+class LoraConfig:
+    """Adapters of mode=tied; the defaults are the published ones of Qwen-Image."""
+
+    rank: int = 256
+    alpha: float = 256.0
+    """The adapters' output is scaled by alpha / rank."""
+    dropout: float = 0.05
+    targets: list[str] = field(
+        default_factory=lambda: [
+            r"transformer_blocks\.\d+\.(img|txt)_mlp\.net\.(0\.proj|2)",
+            r"time_text_embed\.timestep_embedder\.linear_[12]",
+        ]
+    )
+    """Regular expressions for whole names of linear layers. The last block's text MLP, which nothing reads, is left out."""
+
+    def __post_init__(self):
+        require_positive("lora", self, "rank", "alpha")
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must lie in [0, 1).")
+        require(bool(self.targets), "lora.targets is empty: nothing but the head would learn. Name linear layers.")
+
+
+@dataclass(kw_only=True)
 class GuidanceConfig:
     """Classifier-free guidance of the teacher; DESIGN section 4."""
 
@@ -280,9 +302,12 @@ class ParallelConfig:
     """ZeRO-3 keeps parameters of fewer elements whole on every process: gathering them costs more than they weigh."""
     memory_efficient_linear: bool = True
     """Let no graph hold gathered weights between forward and backward. Costs time per layer that a small model feels."""
+    recompute_every: int = 0
+    """Keep no activations of every n-th block and compute them again for the backward pass; 1: of all blocks, 0: of none."""
 
     def __post_init__(self):
         require_positive("parallel", self, "tp")
+        require(self.recompute_every >= 0, f"parallel.recompute_every={self.recompute_every} must not be negative.")
 
 
 @dataclass(kw_only=True)
@@ -328,9 +353,12 @@ class Config:
     """Everything the run writes goes here; the same folder resumes it."""
     objective: str = "imitation"
     """flow_matching (a teacher), imitation (pi-ID on data) or imitation_datafree (pi-ID from noise)."""
+    mode: str = "full"
+    """full (every weight is trained, beside a frozen teacher) or tied (adapters and a head on the teacher's own weights)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -365,6 +393,11 @@ class Config:
 
     def __post_init__(self):
         require_choice("objective", self.objective, ("flow_matching", "imitation", "imitation_datafree"))
+        require_choice("mode", self.mode, ("full", "tied"))
+        require(
+            self.distils or self.mode == "full",
+            f"mode={self.mode} ties a student to its teacher, but objective={self.objective} trains a teacher. Set mode=full.",
+        )
         self.check_parallel()
         if self.distils:
             require(

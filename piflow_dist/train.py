@@ -34,11 +34,10 @@ from piflow_dist.distill.objectives import (
 )
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.launch.console import StepProgress, start_logging
-from piflow_dist.launch.preflight import read_run_config, resolve_checkpoint
-from piflow_dist.models.pretrained import load_model
-from piflow_dist.models.qwen_image import build_student, build_teacher
+from piflow_dist.models.pretrained import load_teacher
+from piflow_dist.models.qwen_image import QwenImage, build_student, build_teacher, build_tied
 from piflow_dist.parallel.topology import Topology, start_process_group
-from piflow_dist.parallel.zero import FrozenModel, StepResult, TrainedModel
+from piflow_dist.parallel.zero import FrozenModel, StepResult, TiedTeacher, TrainedModel
 from piflow_dist.tracking.tracker import Tracker
 
 log = logging.getLogger("piflow_dist.train")  # __name__ is "__main__" in a training process
@@ -60,7 +59,7 @@ class Run:
     topology: Topology
     schedule: FlowSchedule
     model: TrainedModel
-    teacher: FrozenModel | None
+    teacher: FrozenModel | TiedTeacher | None
     ema: Ema
     stream: LatentStream
     empty_LD: Tensor
@@ -71,15 +70,12 @@ def build_run(config: Config, topology: Topology) -> Run:
     description = load_description(config.data.root)
     encoder = load_prompt_encoder(description.prompt_encoder)
     parallel, dtype = config.parallel, config.train.dtype
-    teacher = None
-    if config.distils:
-        checkpoint = resolve_checkpoint(config.distill.teacher, "distill.teacher")
-        teacher_module = load_model(checkpoint, read_run_config(checkpoint))
-        module = build_student(teacher_module, config.model, config.policy, config.train.seed)
-        teacher = FrozenModel(teacher_module, topology, parallel, dtype)
-    else:
-        module = build_teacher(config.model, config.train.seed)
+    module, teacher_module = build_modules(config)
+    module.recompute_every = parallel.recompute_every
+    teacher = None if teacher_module is None else FrozenModel(teacher_module, topology, parallel, dtype)
     model = TrainedModel(module, topology, config.optim, parallel, dtype)
+    if config.mode == "tied":
+        teacher = TiedTeacher(model)
     _, micro = config.train.accumulation(topology.dp_size)
     stream = LatentStream(
         config.data.root,
@@ -101,6 +97,17 @@ def build_run(config: Config, topology: Topology) -> Run:
         empty_LD=encoder.encode([""])[0].to(topology.device),
         state=TrainState(),
     )
+
+
+def build_modules(config: Config) -> tuple[QwenImage, QwenImage | None]:
+    """The model to train and, where it has one of its own, its frozen teacher."""
+    seed = config.train.seed
+    if not config.distils:
+        return build_teacher(config.model, seed), None
+    teacher = load_teacher(config)
+    if config.mode == "tied":
+        return build_tied(teacher, config.model, config.policy, config.lora, seed), None
+    return build_student(teacher, config.model, config.policy, seed), teacher
 
 
 def seed_from(*parts: int) -> int:

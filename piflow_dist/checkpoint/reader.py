@@ -43,9 +43,7 @@ def read_weights(path: Path, ema: bool = True) -> dict[str, Tensor]:
     state = read_json(path / STATE)
     reader = ShardReader(path, state["dp_size"], state["tp"])
     kind = EMA if ema else WEIGHTS
-    return {
-        name: reader.read_whole(f"{kind}/{name}", Layout(**layout)) for name, layout in state["parameters"].items()
-    }
+    return {name: reader.read_whole(f"{kind}/{name}", Layout(**layout)) for name, layout in state["parameters"].items()}
 
 
 @dataclass(frozen=True)

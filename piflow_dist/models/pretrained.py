@@ -6,8 +6,15 @@ from torch import Tensor
 
 from piflow_dist.checkpoint.reader import read_weights
 from piflow_dist.config import Config
+from piflow_dist.launch.preflight import read_run_config, resolve_checkpoint
 from piflow_dist.models.heads import VelocityHead, build_policy_head
-from piflow_dist.models.qwen_image import QwenImage
+from piflow_dist.models.qwen_image import QwenImage, build_tied
+
+
+def load_teacher(config: Config) -> QwenImage:
+    """The teacher of a distillation, averaged weights, on the CPU in fp32."""
+    checkpoint = resolve_checkpoint(config.distill.teacher, "distill.teacher")
+    return load_model(checkpoint, read_run_config(checkpoint))
 
 
 def load_model(checkpoint: Path, config: Config, ema: bool = True) -> QwenImage:
@@ -16,8 +23,12 @@ def load_model(checkpoint: Path, config: Config, ema: bool = True) -> QwenImage:
     Raises CheckpointError for damaged files and ValueError where the weights are not those of the configured model.
     """
     width, channels = config.model.width, config.model.latent_channels
-    head = build_policy_head(width, channels, config.policy) if config.distils else VelocityHead(width, channels)
-    model = QwenImage(config.model, head)
+    if config.mode == "tied":
+        model = build_tied(load_teacher(config), config.model, config.policy, config.lora, config.train.seed)
+    elif config.distils:
+        model = QwenImage(config.model, build_policy_head(width, channels, config.policy))
+    else:
+        model = QwenImage(config.model, VelocityHead(width, channels))
     load_trained(model, read_weights(checkpoint, ema), str(checkpoint))
     return model
 

@@ -9,13 +9,16 @@ B batch, C latent channels, H W latent size, T image tokens, L text tokens, S = 
 
 import math
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from piflow_dist.config import ModelConfig, PolicyConfig
+from piflow_dist.config import LoraConfig, ModelConfig, PolicyConfig
 from piflow_dist.models.heads import PATCH, VelocityHead, build_policy_head, pack
+from piflow_dist.models.lora import add_adapters, apply_linear
 
 EPS = 1e-6
 TIME_CHANNELS = 256
@@ -29,14 +32,16 @@ class TimestepEmbedder(nn.Module):
         self.timestep_embedder = embedder(width)
         self.guidance_embedder = embedder(width) if guidance_embeds else None
 
-    def forward(self, sigma_B: Tensor, guidance_B: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(self, sigma_B: Tensor, guidance_B: Tensor | None, dtype: torch.dtype, adapted: bool) -> Tensor:
         if (guidance_B is None) != (self.guidance_embedder is None):
             raise ValueError(
                 f"guidance_B is {'missing' if guidance_B is None else 'given'}, but this model has "
                 f"guidance_embeds={self.guidance_embedder is not None}."
             )
-        temb_BD = embed(self.timestep_embedder, sigma_B, dtype)
-        return temb_BD if guidance_B is None else temb_BD + embed(self.guidance_embedder, guidance_B, dtype)
+        temb_BD = embed(self.timestep_embedder, sigma_B, dtype, adapted)
+        if guidance_B is None:
+            return temb_BD
+        return temb_BD + embed(self.guidance_embedder, guidance_B, dtype, adapted)
 
 
 def embedder(width: int) -> nn.Module:
@@ -46,13 +51,13 @@ def embedder(width: int) -> nn.Module:
     return module
 
 
-def embed(module: nn.Module, value_B: Tensor, dtype: torch.dtype) -> Tensor:
+def embed(module: nn.Module, value_B: Tensor, dtype: torch.dtype, adapted: bool) -> Tensor:
     # The published models round the value to the network's dtype before the sinusoids.
     half = TIME_CHANNELS // 2
     frequencies = torch.exp(torch.arange(half, device=value_B.device) * (-math.log(10_000) / half))
     angles = 1000 * value_B.to(dtype).float()[:, None] * frequencies
     waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
-    return module.linear_2(F.silu(module.linear_1(waves)))
+    return apply_linear(module.linear_2, F.silu(apply_linear(module.linear_1, waves, adapted)), adapted)
 
 
 @lru_cache(maxsize=64)
@@ -125,8 +130,10 @@ class Mlp(nn.Module):
         up.proj = nn.Linear(width, 4 * width)
         self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(4 * width, width)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+    def forward(self, x: Tensor, adapted: bool) -> Tensor:
+        return apply_linear(
+            self.net[2], F.gelu(apply_linear(self.net[0].proj, x, adapted), approximate="tanh"), adapted
+        )
 
 
 class Block(nn.Module):
@@ -146,6 +153,7 @@ class Block(nn.Module):
         mask_B11S: Tensor | None,
         temb_BD: Tensor,
         rotary: tuple[Tensor, Tensor],
+        adapted: bool,
     ) -> tuple[Tensor, Tensor]:
         image_mod, text_mod = (mod(temb_BD)[:, None].chunk(6, dim=-1) for mod in (self.img_mod, self.txt_mod))
         image_out, text_out = self.attn(
@@ -153,8 +161,8 @@ class Block(nn.Module):
         )
         image_BTD = image_BTD + image_mod[2] * image_out
         text_BLD = text_BLD + text_mod[2] * text_out
-        image_BTD = image_BTD + image_mod[5] * self.img_mlp(modulate(image_BTD, *image_mod[3:5]))
-        text_BLD = text_BLD + text_mod[5] * self.txt_mlp(modulate(text_BLD, *text_mod[3:5]))
+        image_BTD = image_BTD + image_mod[5] * self.img_mlp(modulate(image_BTD, *image_mod[3:5]), adapted)
+        text_BLD = text_BLD + text_mod[5] * self.txt_mlp(modulate(text_BLD, *text_mod[3:5]), adapted)
         return image_BTD, text_BLD
 
 
@@ -175,14 +183,16 @@ class FinalNorm(nn.Module):
 
 
 class QwenImage(nn.Module):
-    """forward(x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B=None) -> what the head returns.
+    """forward(x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B=None, adapted=True) -> what the head returns.
 
     sigma is the noise level in [0, 1] (diffusers' timestep / 1000); mask is boolean over the padded text, or None;
-    guidance is the scale, for models with guidance_embeds and only for these.
+    guidance is the scale, for models with guidance_embeds and only for these; adapted switches adapters on (models/lora.py).
+    recompute_every: blocks whose activations are computed again for the backward pass instead of kept: every n-th, 0 for none.
     leaf_modules: what a sharding engine should gather as one piece; parallel/tensor.py says how their linears may be split.
     """
 
     leaf_modules = (Block,)
+    recompute_every = 0
 
     def __init__(self, config: ModelConfig, head: nn.Module):
         super().__init__()
@@ -209,17 +219,53 @@ class QwenImage(nn.Module):
         text_BLD: Tensor,
         mask_BL: Tensor | None,
         guidance_B: Tensor | None = None,
+        adapted: bool = True,
     ) -> Tensor | dict[str, Tensor]:
         dtype, (H, W) = self.img_in.weight.dtype, x_BCHW.shape[-2:]
         image_BTD = self.img_in(pack(x_BCHW.to(dtype)))
         text_BLD = self.txt_in(self.txt_norm(text_BLD.to(dtype)))
-        temb_BD = self.time_text_embed(sigma_B, guidance_B, dtype)
+        temb_BD = self.time_text_embed(sigma_B, guidance_B, dtype, adapted)
         rotary = rotary_angles(H // PATCH, W // PATCH, text_BLD.shape[1], self.axes, x_BCHW.device)
         mask_B11S = None if mask_BL is None else F.pad(mask_BL, (0, image_BTD.shape[1]), value=True)[:, None, None]
-        for block in self.transformer_blocks:
+        for index, block in enumerate(self.transformer_blocks):
             # Positional arguments: the hooks of DeepSpeed on whole blocks do not see others, and free weights too early.
-            image_BTD, text_BLD = block(image_BTD, text_BLD, mask_B11S, temb_BD, rotary)
-        return self.head(self.norm_out(image_BTD, temb_BD), temb_BD, (H, W))
+            inputs = (image_BTD, text_BLD, mask_B11S, temb_BD, rotary, adapted)
+            if torch.is_grad_enabled() and self.recompute_every and index % self.recompute_every == 0:
+                image_BTD, text_BLD = recomputed(block, *inputs)
+            else:
+                image_BTD, text_BLD = block(*inputs)
+        norm_out, head = self.output(adapted)
+        return head(norm_out(image_BTD, temb_BD), temb_BD, (H, W))
+
+    def output(self, adapted: bool) -> tuple[nn.Module, nn.Module]:
+        """The final norm and head of a pass."""
+        return self.norm_out, self.head
+
+
+def recomputed(block: Block, image_BTD: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """The block, without its activations kept for the backward pass.
+
+    Reentrant: the other kind of checkpointing fails with modules that ZeRO-3 gathers as one piece. It differentiates only
+    where an input asks for it, which a frozen embedding of the image does not.
+    """
+    if not image_BTD.requires_grad:
+        image_BTD = image_BTD.detach().requires_grad_()
+    return checkpoint(block, image_BTD, *others, use_reentrant=True)
+
+
+class TiedQwenImage(QwenImage):
+    """Teacher and student on one frozen trunk: with adapters the student, without them the teacher.
+
+    Only the adapters, the student's final norm and its head are trained; the teacher keeps its own norm and head.
+    """
+
+    def __init__(self, config: ModelConfig, head: nn.Module):
+        super().__init__(config, head)
+        self.teacher_norm_out = FinalNorm(config.width)
+        self.teacher_head = VelocityHead(config.width, config.latent_channels)
+
+    def output(self, adapted: bool) -> tuple[nn.Module, nn.Module]:
+        return (self.norm_out, self.head) if adapted else (self.teacher_norm_out, self.teacher_head)
 
 
 def build_teacher(config: ModelConfig, seed: int) -> QwenImage:
@@ -237,13 +283,34 @@ def build_teacher(config: ModelConfig, seed: int) -> QwenImage:
 
 def build_student(teacher: QwenImage, config: ModelConfig, policy: PolicyConfig, seed: int) -> QwenImage:
     """A student with the teacher's weights and a policy head that starts from the teacher's output projection."""
+    return student_of(QwenImage, teacher, config, policy, seed)
+
+
+def build_tied(
+    teacher: QwenImage, config: ModelConfig, policy: PolicyConfig, lora: LoraConfig, seed: int
+) -> TiedQwenImage:
+    """The teacher and, through adapters, a student that starts from it."""
+    tied = student_of(TiedQwenImage, teacher, config, policy, seed)
+    tied.teacher_norm_out.load_state_dict(teacher.norm_out.state_dict())
+    tied.teacher_head.load_state_dict(teacher.head.state_dict())
+    add_adapters(tied, lora, seed)
+    tied.norm_out.requires_grad_(True)
+    tied.head.requires_grad_(True)
+    return tied
+
+
+Student = TypeVar("Student", bound=QwenImage)
+
+
+def student_of(
+    kind: type[Student], teacher: QwenImage, config: ModelConfig, policy: PolicyConfig, seed: int
+) -> Student:
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = build_policy_head(config.width, config.latent_channels, policy)
-        student = QwenImage(config, head)
+        student = kind(config, build_policy_head(config.width, config.latent_channels, policy))
     trunk = {name: value for name, value in teacher.state_dict().items() if not name.startswith("head.")}
     missing = student.load_state_dict(trunk, strict=False).missing_keys
-    assert all(name.startswith("head.") for name in missing), missing
-    head.init_from_teacher(teacher.head, generator)
+    assert all(name.startswith(("head.", "teacher_")) for name in missing), missing
+    student.head.init_from_teacher(teacher.head, generator)
     return student

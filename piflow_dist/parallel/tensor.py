@@ -19,9 +19,12 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
+
+from piflow_dist.models.lora import LoraLinear
 
 Split = Literal["column", "column, joined", "row", "partial norm", "shared input"]
 
@@ -70,6 +73,9 @@ def split_layers(model: nn.Module, plan: tuple[Rule, ...], group: dist.ProcessGr
 
 def split_layer(model: nn.Module, name: str, split: Split, group: dist.ProcessGroup) -> None:
     module = model.get_submodule(name)
+    if isinstance(module, LoraLinear):
+        split_adapter(name, module, split, group)
+        module, name = module.base_layer, f"{name}.base_layer"
     match split:
         case "shared input":
             module.register_forward_pre_hook(SharedInput(group))
@@ -81,6 +87,47 @@ def split_layer(model: nn.Module, name: str, split: Split, group: dist.ProcessGr
             model.set_submodule(name, ColumnLinear(name, module, group, split == "column, joined", reads_shared))
         case "row":
             model.set_submodule(name, RowLinear(name, module, group))
+
+
+def split_adapter(name: str, adapter: LoraLinear, split: Split, group: dist.ProcessGroup) -> None:
+    """B follows the rows of a column layer, A the columns of a row layer; the other one is replicated."""
+    if split == "column":
+        rows = share(adapter.lora_B.out_features, group, name)
+        adapter.lora_B.weight = split_parameter(adapter.lora_B.weight, 0, rows)
+        adapter.join = CopyTo(group)
+    elif split == "row":
+        adapter.in_channels = share(adapter.in_features, group, name)
+        adapter.lora_A.weight = split_parameter(adapter.lora_A.weight, 1, adapter.in_channels)
+        adapter.join = ReduceFrom(group)
+    else:
+        raise PlanError(
+            f"{name} has an adapter, and the tensor-parallel plan splits it as {split!r}. Adapt other layers."
+        )
+
+
+def split_parameter(whole: nn.Parameter, dim: int, part: slice) -> nn.Parameter:
+    index = (part,) if dim == 0 else (slice(None), part)
+    parameter = nn.Parameter(whole.detach()[index].clone(), whole.requires_grad)
+    mark(parameter, dim)
+    return parameter
+
+
+class CopyTo(nn.Module):
+    """Identity whose gradient is summed over the group: every rank goes on with its own channels."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        super().__init__()
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return copy_to_tensor_model_parallel_region(x, self.group)
+
+
+class ReduceFrom(CopyTo):
+    """Sum over the group, whose gradient is the same for all ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reduce_from_tensor_model_parallel_region(x, self.group)
 
 
 def share(size: int, group: dist.ProcessGroup, name: str) -> slice:

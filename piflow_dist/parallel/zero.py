@@ -107,6 +107,19 @@ class FrozenModel:
         return self.engine(*inputs)
 
 
+class TiedTeacher:
+    """The teacher inside a trained tied model: its frozen trunk, without adapters.
+
+    Past the engine, whose own forward would make the next backward overwrite the accumulated gradient.
+    """
+
+    def __init__(self, model: "TrainedModel"):
+        self.module = model.engine.module
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        return self.module(*inputs, adapted=False)
+
+
 class TrainedModel:
     """A model under ZeRO-3 with its optimiser: fp32 master weights, any number of backwards per step."""
 

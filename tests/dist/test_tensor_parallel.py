@@ -11,11 +11,16 @@ from torch.testing import assert_close
 
 WORLDS = {"one": (1, 1), "tp2": (2, 2), "dp2 x tp2": (4, 2)}
 """(processes, of these in a tensor-parallel group)."""
+TIED = ("mode=tied", "lora.rank=4", "lora.alpha=8", "lora.dropout=0.1")
 CLIPPED = ("optim.clip=0.05", "optim.clip_from_step=2")
 SCENARIOS = {
     "teacher-sgd": (*TEACHING, *SGD, *CLIPPED),
     "mixed-adamw": (*MIXED, *ADAMW, *CLIPPED),
-    "datafree-sgd": (*DATAFREE, *SGD, *CLIPPED),
+    "tied-adamw": (*MIXED, *TIED, *ADAMW, *CLIPPED),
+    "tied-recomputed": (*MIXED, *TIED, *ADAMW, *CLIPPED, "parallel.recompute_every=1"),
+    "tied-datafree-sgd": (*DATAFREE, *TIED, *SGD, *CLIPPED),
+    "recomputed-datafree-sgd": (*DATAFREE, *SGD, "optim.lr=0.02", *CLIPPED, "parallel.recompute_every=2"),
+    "datafree-sgd": (*DATAFREE, *SGD, "optim.lr=0.02", *CLIPPED),
 }
 SAVED = "mixed-adamw"
 

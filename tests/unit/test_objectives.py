@@ -155,7 +155,7 @@ def test_an_image_gets_the_same_noise_whatever_the_split(tiny_data, monkeypatch)
                 data=DataConfig(root="unused"),
                 train=TrainConfig(batch_size=8, micro_batch_size=2, seed=seed),
             ),
-            topology=SimpleNamespace(dp_size=dp_size, dp_rank=dp_rank, device=torch.device("cpu")),
+            topology=SimpleNamespace(dp_group=None, dp_size=dp_size, dp_rank=dp_rank, device=torch.device("cpu")),
             stream=LatentStream(tiny_data, "train", **options),
             model=SimpleNamespace(step=lambda lr_scale, clip: None),
             state=train.TrainState(),
@@ -167,7 +167,7 @@ def test_an_image_gets_the_same_noise_whatever_the_split(tiny_data, monkeypatch)
             assert_close(loss, torch.stack(losses).mean() / dp_size)  # all_reduce adds the other ranks' shares
         return found
 
-    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor, group: None)
     whole = draws(1, 0)
     assert len(whole) == 12 == len(set(whole.values()))
     for dp_size in (2, 4):

@@ -1,0 +1,77 @@
+"""Low-rank adapters on linear layers. Whether they act is an argument of each call, never a flag of the module.
+
+(A block that is recomputed for the backward pass must see what its forward pass saw, and by then a flag would have changed.)
+B batch, S tokens, R rank.
+"""
+
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from piflow_dist.config import ConfigError, LoraConfig
+
+
+class LoraLinear(nn.Module):
+    """y = base(x) + alpha/R B A dropout(x). A starts random, B at zero: a fresh adapter changes nothing.
+
+    `in_channels` and `join` are for tensor parallelism, which splits the layers inside: which of the base's input channels
+    come in here, and what happens between A and B.
+    """
+
+    def __init__(self, base: nn.Linear, config: LoraConfig):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.Linear(base.in_features, config.rank, bias=False)
+        self.lora_B = nn.Linear(config.rank, base.out_features, bias=False)
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.in_features, self.in_channels = base.in_features, slice(None)
+        self.join = nn.Identity()
+
+    def forward(self, x: Tensor, adapted: bool) -> Tensor:
+        y = self.base_layer(x)
+        if not adapted:
+            return y
+        return y + self.scale * self.lora_B(self.join(self.lora_A(self.drop(x))))
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout whose mask does not depend on how the channels are shared out."""
+        if not self.training or self.dropout == 0:
+            return x
+        mask = torch.empty(*x.shape[:-1], self.in_features, dtype=x.dtype, device=x.device)
+        mask.bernoulli_(1 - self.dropout).div_(1 - self.dropout)
+        return x * mask[..., self.in_channels]
+
+
+def apply_linear(layer: nn.Module, x: Tensor, adapted: bool) -> Tensor:
+    """A linear layer, with its adapter if it has one and `adapted` says so."""
+    return layer(x, adapted) if isinstance(layer, LoraLinear) else layer(x)
+
+
+def add_adapters(model: nn.Module, config: LoraConfig, seed: int) -> None:
+    """Put adapters on the linear layers whose names match config.targets (regular expressions); freeze everything else.
+
+    Layers that are frozen because nothing reads their output get none. Raises ConfigError for a target that matches nothing.
+    """
+    unused = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for target in config.targets:
+        matches = [name for name, module in model.named_modules() if re.fullmatch(target, name)]
+        layers = [name for name in matches if isinstance(model.get_submodule(name), nn.Linear)]
+        if not layers:
+            detail = f"It matches {matches[0]}, which is no linear layer. " if matches else ""
+            raise ConfigError(
+                f"lora.targets: {target!r} matches no linear layer of the model. {detail}"
+                r"Names look like transformer_blocks\.0\.img_mlp\.net\.2."
+            )
+        for name in layers:
+            if f"{name}.weight" in unused:
+                continue
+            adapter = LoraLinear(model.get_submodule(name), config)
+            with torch.no_grad():
+                bound = math.sqrt(1 / adapter.lora_A.in_features)
+                adapter.lora_A.weight.uniform_(-bound, bound, generator=generator)
+                adapter.lora_B.weight.zero_()
+            model.set_submodule(name, adapter)
