@@ -6,19 +6,18 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from test_zero import ADAMW, DATAFREE, MIXED, SGD, TEACHING, Course, make_config, train_steps, whole
+from test_zero import ADAMW, DATAFREE, MIXED, SGD, TEACHING, TIED, Course, make_config, train_steps, whole
 from torch.testing import assert_close
 
 WORLDS = {"one": (1, 1), "tp2": (2, 2), "dp2 x tp2": (4, 2)}
 """(processes, of these in a tensor-parallel group)."""
-TIED = ("mode=tied", "lora.rank=4", "lora.alpha=8", "lora.dropout=0.1")
 CLIPPED = ("optim.clip=0.05", "optim.clip_from_step=2")
 SCENARIOS = {
     "teacher-sgd": (*TEACHING, *SGD, *CLIPPED),
     "mixed-adamw": (*MIXED, *ADAMW, *CLIPPED),
     "tied-adamw": (*MIXED, *TIED, *ADAMW, *CLIPPED),
     "tied-recomputed": (*MIXED, *TIED, *ADAMW, *CLIPPED, "parallel.recompute_every=1"),
-    "tied-datafree-sgd": (*DATAFREE, *TIED, *SGD, *CLIPPED),
+    "tied-datafree-sgd": (*DATAFREE, *TIED, *SGD, "optim.lr=0.02", *CLIPPED),
     "recomputed-datafree-sgd": (*DATAFREE, *SGD, "optim.lr=0.02", *CLIPPED, "parallel.recompute_every=2"),
     "datafree-sgd": (*DATAFREE, *SGD, "optim.lr=0.02", *CLIPPED),
 }
@@ -94,6 +93,22 @@ def test_resumes_what_four_processes_saved(outcomes: dict[str, Any], world: str)
         assert_close(course.losses, want.losses[-len(course.losses) :], rtol=1e-5, atol=0)
     weights, wanted = joined(found, WORLDS[world][1]), joined([want], 1)
     assert all((weights[name] - wanted[name]).abs().max() < 1e-5 for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("kept", "recomputed"), [("tied-adamw", "tied-recomputed"), ("datafree-sgd", "recomputed-datafree-sgd")]
+)
+def test_recomputed_activations_change_nothing(outcomes: dict[str, Any], kept: str, recomputed: str) -> None:
+    assert_same_training([outcomes["one"][0][recomputed]], 1, outcomes["one"][0][kept])
+
+
+def test_a_tied_model_trains_and_saves_adapters_and_head_alone(outcomes: dict[str, Any]) -> None:
+    trained = joined([outcomes["one"][0]["tied-adamw"]], 1)
+    assert all("lora_" in name or name.startswith(("norm_out.", "head.")) for name in trained)
+    adapters = {name for name in trained if "lora_B" in name}
+    # 2 MLP linears a stream and block but the last text MLP's, and the 2 of the timestep embedder.
+    assert len(adapters) == 2 * 2 * 2 - 2 + 2
+    assert all(trained[name].abs().max() > 1e-3 for name in adapters)  # B starts at zero
 
 
 def test_the_plan_splits_what_is_large(outcomes: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import functools
 import numpy as np
 import pytest
 import torch
@@ -37,6 +38,7 @@ SGD = ("optim.type=sgd", "optim.lr=0.2", "optim.clip=0")
 # An eps far above the gradients' rounding: g / |g| of a gradient that is rounding noise would compare noise.
 ADAMW = ("optim=adamw", "optim.lr=0.005", "optim.eps=1e-3", "optim.weight_decay=0.1", "optim.clip=0")
 MUON = ("optim=muon", "optim.muon_lr=0.02", "optim.lr=0.005", "optim.eps=1e-3")
+TIED = ("mode=tied", "lora.rank=4", "lora.alpha=8", "lora.dropout=0.1")
 SCENARIOS = {
     "teacher-sgd": (*TEACHING, *SGD),
     "teacher-adamw": (*TEACHING, *ADAMW),
@@ -45,9 +47,11 @@ SCENARIOS = {
     "mixed-adamw": (*MIXED, *ADAMW),
     "mixed-muon": (*MIXED, *MUON),
     "datafree-adamw": (*DATAFREE, *ADAMW),
+    "tied-adamw": (*MIXED, *TIED, *ADAMW),
+    "tied-datafree-sgd": (*DATAFREE, *TIED, *SGD, "optim.lr=0.02"),
     "datafree-dx-sgd": (*DATAFREE, *SGD, "optim.lr=0.02", "policy.type=dx", "policy.num_nodes=3"),
 }
-SAVED = ("teacher-adamw", "mixed-muon", "datafree-dx-sgd")
+SAVED = ("teacher-adamw", "mixed-muon", "datafree-dx-sgd", "tied-adamw")
 POISONED = ("teacher-adamw", "teacher-muon")
 WITHOUT_ENGINE = [name for name in SCENARIOS if not name.endswith("muon")]
 
@@ -173,16 +177,12 @@ def train_without_engine(config: Config) -> Course:
     from data_pipeline.prompts import load_prompt_encoder
     from data_pipeline.stream import LatentStream
     from piflow_dist import train
-    from piflow_dist.launch.preflight import read_run_config, resolve_checkpoint
-    from piflow_dist.models.pretrained import load_model
-    from piflow_dist.models.qwen_image import build_student, build_teacher
 
-    if config.distils:
-        checkpoint = resolve_checkpoint(config.distill.teacher, "distill.teacher")
-        teacher = load_model(checkpoint, read_run_config(checkpoint)).requires_grad_(False)
-        module = build_student(teacher, config.model, config.policy, config.train.seed)
-    else:
-        teacher, module = None, build_teacher(config.model, config.train.seed)
+    module, teacher = train.build_modules(config)
+    if config.mode == "tied":
+        teacher = functools.partial(module, adapted=False)
+    elif teacher is not None:
+        teacher.requires_grad_(False)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if config.optim.type == "sgd":
         optimizer = torch.optim.SGD(parameters.values(), lr=config.optim.lr, momentum=config.optim.momentum)
