@@ -34,8 +34,8 @@ from piflow_dist.distill.objectives import (
 )
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.launch.console import StepProgress, start_logging
-from piflow_dist.models.pretrained import load_teacher
-from piflow_dist.models.qwen_image import QwenImage, build_student, build_teacher, build_tied
+from piflow_dist.models.pretrained import open_teacher, plan_training
+from piflow_dist.models.qwen_image import build_teacher, plan_model
 from piflow_dist.parallel.topology import Topology, start_process_group
 from piflow_dist.parallel.zero import FrozenModel, StepResult, TiedTeacher, TrainedModel
 from piflow_dist.tracking.tracker import Tracker
@@ -70,12 +70,16 @@ def build_run(config: Config, topology: Topology) -> Run:
     description = load_description(config.data.root)
     encoder = load_prompt_encoder(description.prompt_encoder)
     parallel, dtype = config.parallel, config.train.dtype
-    module, teacher_module = build_modules(config)
-    module.recompute_every = parallel.recompute_every
-    teacher = None if teacher_module is None else FrozenModel(teacher_module, topology, parallel, dtype)
-    model = TrainedModel(module, topology, config.optim, parallel, dtype)
+    if config.distils:
+        module, start = plan_training(config)
+    else:
+        module, start = build_teacher(config.model, config.train.seed), None
+    model = TrainedModel(module, start, topology, config.optim, parallel, dtype)
+    teacher = None
     if config.mode == "tied":
         teacher = TiedTeacher(model)
+    elif config.distils:
+        teacher = FrozenModel(plan_model(config.model), open_teacher(config), topology, parallel, dtype)
     _, micro = config.train.accumulation(topology.dp_size)
     stream = LatentStream(
         config.data.root,
@@ -97,17 +101,6 @@ def build_run(config: Config, topology: Topology) -> Run:
         empty_LD=encoder.encode([""])[0].to(topology.device),
         state=TrainState(),
     )
-
-
-def build_modules(config: Config) -> tuple[QwenImage, QwenImage | None]:
-    """The model to train and, where it has one of its own, its frozen teacher."""
-    seed = config.train.seed
-    if not config.distils:
-        return build_teacher(config.model, seed), None
-    teacher = load_teacher(config)
-    if config.mode == "tied":
-        return build_tied(teacher, config.model, config.policy, config.lora, seed), None
-    return build_student(teacher, config.model, config.policy, seed), teacher
 
 
 def seed_from(*parts: int) -> int:

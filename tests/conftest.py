@@ -115,6 +115,14 @@ def student_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, teach
     return run
 
 
+def read_weights(checkpoint: Path, ema: bool = True) -> dict[str, torch.Tensor]:
+    """All trained parameters of a checkpoint, whole."""
+    from piflow_dist.checkpoint.reader import CheckpointWeights
+
+    weights = CheckpointWeights(checkpoint, ema)
+    return {name: weights.view(name) for name in weights.shapes()}
+
+
 def load_tool(name: str) -> ModuleType:
     """tools/NAME.py as a module of this process."""
     spec = importlib.util.spec_from_file_location(f"{name}_tool", REPO / "tools" / f"{name}.py")

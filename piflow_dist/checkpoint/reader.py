@@ -37,13 +37,25 @@ def load_checkpoint(path: Path, dp_rank: int, dp_size: int, tp_rank: int = 0, tp
     return LoadedState(tensors[WEIGHTS], tensors[EMA], tensors[OPTIMIZER], state)
 
 
-def read_weights(path: Path, ema: bool = True) -> dict[str, Tensor]:
-    """Whole trained parameters, fp32, by name: for sampling, export and as a teacher. Raises CheckpointError."""
-    verify(path)
-    state = read_json(path / STATE)
-    reader = ShardReader(path, state["dp_size"], state["tp"])
-    kind = EMA if ema else WEIGHTS
-    return {name: reader.read_whole(f"{kind}/{name}", Layout(**layout)) for name, layout in state["parameters"].items()}
+class CheckpointWeights:
+    """Trained parameters of a verified checkpoint by name, fp32, whole; read one by one. Raises CheckpointError."""
+
+    def __init__(self, path: Path, ema: bool = True):
+        verify(path)
+        state = read_json(path / STATE)
+        self.origin, self.kind = str(path), EMA if ema else WEIGHTS
+        self.reader = ShardReader(path, state["dp_size"], state["tp"])
+        self.layouts = {name: Layout(**layout) for name, layout in state["parameters"].items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        tp = len(self.reader.slices)
+        return {
+            name: tuple(size * (tp if dim == layout.split_dim else 1) for dim, size in enumerate(layout.shape))
+            for name, layout in self.layouts.items()
+        }
+
+    def view(self, name: str) -> Tensor:
+        return self.reader.read_whole(f"{self.kind}/{name}", self.layouts[name])
 
 
 @dataclass(frozen=True)

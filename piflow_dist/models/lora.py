@@ -4,6 +4,7 @@
 B batch, S tokens, R rank.
 """
 
+import hashlib
 import math
 import re
 
@@ -49,29 +50,49 @@ def apply_linear(layer: nn.Module, x: Tensor, adapted: bool) -> Tensor:
     return layer(x, adapted) if isinstance(layer, LoraLinear) else layer(x)
 
 
-def add_adapters(model: nn.Module, config: LoraConfig, seed: int) -> None:
+def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Put adapters on the linear layers whose names match config.targets (regular expressions); freeze everything else.
 
-    Layers that are frozen because nothing reads their output get none. Raises ConfigError for a target that matches nothing.
+    Layers that nothing reads get none. Raises ConfigError for a target that matches nothing.
     """
-    unused = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     for target in config.targets:
-        matches = [name for name, module in model.named_modules() if re.fullmatch(target, name)]
+        matches = [name for name, _ in model.named_modules() if re.fullmatch(target, name)]
         layers = [name for name in matches if isinstance(model.get_submodule(name), nn.Linear)]
         if not layers:
-            detail = f"It matches {matches[0]}, which is no linear layer. " if matches else ""
+            detail = f"It matches {matches[0]}, which is no linear layer, or has an adapter. " if matches else ""
             raise ConfigError(
                 f"lora.targets: {target!r} matches no linear layer of the model. {detail}"
                 r"Names look like transformer_blocks\.0\.img_mlp\.net\.2."
             )
         for name in layers:
-            if f"{name}.weight" in unused:
-                continue
-            adapter = LoraLinear(model.get_submodule(name), config)
-            with torch.no_grad():
-                bound = math.sqrt(1 / adapter.lora_A.in_features)
-                adapter.lora_A.weight.uniform_(-bound, bound, generator=generator)
-                adapter.lora_B.weight.zero_()
-            model.set_submodule(name, adapter)
+            if f"{name}.weight" not in model.unread:
+                model.set_submodule(name, LoraLinear(model.get_submodule(name), config))
+
+
+def base_name(name: str) -> str:
+    """The name that a parameter has in a model without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+class InitialAdapters:
+    """Weights of fresh adapters: A uniform as in torch's linear layers, by name and seed; B zero."""
+
+    origin = "fresh adapters"
+
+    def __init__(self, model: nn.Module, seed: int):
+        self.seed = seed
+        self.found = {name: tuple(p.shape) for name, p in model.named_parameters() if ".lora_" in name}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.found
+
+    def view(self, name: str) -> Tensor:
+        weight = torch.zeros(self.found[name])
+        if ".lora_A." in name:
+            digest = hashlib.blake2b(f"{self.seed},{name}".encode(), digest_size=8).digest()
+            bound = math.sqrt(1 / weight.shape[1])
+            weight.uniform_(
+                -bound, bound, generator=torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            )
+        return weight

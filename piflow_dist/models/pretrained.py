@@ -1,20 +1,102 @@
-"""Models from our checkpoints."""
+"""Weights on disk: our checkpoints and diffusers' folders, and the models that they belong to."""
 
+import json
 from pathlib import Path
 
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
-from piflow_dist.checkpoint.reader import read_weights
-from piflow_dist.config import Config
-from piflow_dist.launch.preflight import read_run_config, resolve_checkpoint
-from piflow_dist.models.heads import VelocityHead, build_policy_head
-from piflow_dist.models.qwen_image import QwenImage, build_tied
+from piflow_dist.checkpoint.reader import CheckpointWeights
+from piflow_dist.config import Config, ConfigError, ModelConfig
+from piflow_dist.launch.preflight import resolve_checkpoint
+from piflow_dist.models.qwen_image import QwenImage, plan_model, plan_student, plan_tied
+from piflow_dist.models.weights import OverlaidWeights, View, WeightSource, fill
+
+INDEX, SINGLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 
 
-def load_teacher(config: Config) -> QwenImage:
-    """The teacher of a distillation, averaged weights, on the CPU in fp32."""
-    checkpoint = resolve_checkpoint(config.distill.teacher, "distill.teacher")
-    return load_model(checkpoint, read_run_config(checkpoint))
+class DiffusersWeights:
+    """A transformer in diffusers' layout: one safetensors file, or several with an index. Read where it is indexed."""
+
+    def __init__(self, folder: Path):
+        self.origin = str(folder)
+        try:
+            if (folder / INDEX).is_file():
+                files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            else:
+                files = [SINGLE]
+            opened = [safe_open(folder / name, framework="pt") for name in files]
+        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+            raise ConfigError(f"{folder} cannot be read as a transformer in diffusers' layout: {error}") from error
+        self.views = {our_name(key): file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118 (no dict)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(view.get_shape()) for name, view in self.views.items()}
+
+    def view(self, name: str) -> View:
+        return self.views[name]
+
+
+def our_name(name: str) -> str:
+    """diffusers' output projection is the teacher's head here."""
+    return f"head.{name}" if name.startswith("proj_out.") else name
+
+
+UNSUPPORTED = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+
+
+def read_diffusers_config(folder: Path) -> ModelConfig:
+    """The shape of a transformer in diffusers' layout. Raises ConfigError for variants of the architecture that we have not."""
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    kind = found.get("_class_name")
+    if kind != "QwenImageTransformer2DModel":
+        raise ConfigError(f"{path} describes a {kind}; only a QwenImageTransformer2DModel can be a teacher here.")
+    for option in UNSUPPORTED:
+        if found.get(option):
+            raise ConfigError(
+                f"{path} has {option}=true (an editing or layered variant of Qwen-Image), which this model does not have. "
+                "Use a text-to-image checkpoint."
+            )
+    if found["patch_size"] != 2 or found["in_channels"] != 4 * found["out_channels"]:
+        raise ConfigError(
+            f"{path}: only 2 x 2 patches of the latent are supported (patch_size=2, in_channels=4 out_channels)."
+        )
+    return ModelConfig(
+        num_layers=found["num_layers"],
+        num_attention_heads=found["num_attention_heads"],
+        attention_head_dim=found["attention_head_dim"],
+        latent_channels=found["out_channels"],
+        joint_attention_dim=found["joint_attention_dim"],
+        axes_dims_rope=list(found["axes_dims_rope"]),
+        guidance_embeds=bool(found.get("guidance_embeds")),
+    )
+
+
+def diffusers_folder(source: str) -> Path | None:
+    """The transformer's folder where `source` is one, or a whole pipeline; None where it is neither."""
+    for folder in (Path(source), Path(source) / "transformer"):
+        if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+            return folder
+    return None
+
+
+def open_teacher(config: Config) -> WeightSource:
+    """The weights of a distillation's teacher (averaged ones, of a run of ours). Raises ConfigError and CheckpointError."""
+    folder = diffusers_folder(config.distill.teacher)
+    if folder is not None:
+        return DiffusersWeights(folder)
+    return CheckpointWeights(resolve_checkpoint(config.distill.teacher, "distill.teacher"), ema=True)
+
+
+def plan_training(config: Config) -> tuple[QwenImage, WeightSource]:
+    """The model that a distillation trains, on the meta device, and the weights it starts from."""
+    teacher, seed = open_teacher(config), config.train.seed
+    if config.mode == "tied":
+        return plan_tied(config.model, config.policy, config.lora, teacher, seed)
+    return plan_student(config.model, config.policy, teacher, seed)
 
 
 def load_model(checkpoint: Path, config: Config, ema: bool = True) -> QwenImage:
@@ -22,28 +104,11 @@ def load_model(checkpoint: Path, config: Config, ema: bool = True) -> QwenImage:
 
     Raises CheckpointError for damaged files and ValueError where the weights are not those of the configured model.
     """
-    width, channels = config.model.width, config.model.latent_channels
+    trained = CheckpointWeights(checkpoint, ema)
     if config.mode == "tied":
-        model = build_tied(load_teacher(config), config.model, config.policy, config.lora, config.train.seed)
-    elif config.distils:
-        model = QwenImage(config.model, build_policy_head(width, channels, config.policy))
+        model, start = plan_tied(config.model, config.policy, config.lora, open_teacher(config), config.train.seed)
+        fill(model, OverlaidWeights(trained, start))
     else:
-        model = QwenImage(config.model, VelocityHead(width, channels))
-    load_trained(model, read_weights(checkpoint, ema), str(checkpoint))
+        model = plan_model(config.model, config.policy if config.distils else None)
+        fill(model, trained)
     return model
-
-
-def load_trained(model: QwenImage, weights: dict[str, Tensor], source: str) -> None:
-    """Copy trained parameters into a model. The text branch's unused end is frozen, and in no checkpoint."""
-    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    problems = [f"missing: {', '.join(sorted(expected - set(weights)))}"] if expected - set(weights) else []
-    problems += [f"unknown: {', '.join(sorted(set(weights) - expected))}"] if set(weights) - expected else []
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    problems += [
-        f"{name} is {tuple(value.shape)} instead of {shapes[name]}"
-        for name, value in weights.items()
-        if name in expected and tuple(value.shape) != shapes[name]
-    ]
-    if problems:
-        raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}.")
-    model.load_state_dict(weights, strict=False)

@@ -9,7 +9,7 @@ B batch, C latent channels, H W latent size, T image tokens, L text tokens, S = 
 
 import math
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from piflow_dist.config import LoraConfig, ModelConfig, PolicyConfig
 from piflow_dist.models.heads import PATCH, VelocityHead, build_policy_head, pack
-from piflow_dist.models.lora import add_adapters, apply_linear
+from piflow_dist.models.lora import InitialAdapters, add_adapters, apply_linear, base_name
+from piflow_dist.models.weights import OverlaidWeights, RenamedWeights, TensorWeights, WeightSource, fill
 
 EPS = 1e-6
 TIME_CHANNELS = 256
@@ -32,7 +33,7 @@ class TimestepEmbedder(nn.Module):
         self.timestep_embedder = embedder(width)
         self.guidance_embedder = embedder(width) if guidance_embeds else None
 
-    def forward(self, sigma_B: Tensor, guidance_B: Tensor | None, dtype: torch.dtype, adapted: bool) -> Tensor:
+    def forward(self, sigma_B: Tensor, guidance_B: Tensor | None, dtype: torch.dtype, adapted: bool = True) -> Tensor:
         if (guidance_B is None) != (self.guidance_embedder is None):
             raise ValueError(
                 f"guidance_B is {'missing' if guidance_B is None else 'given'}, but this model has "
@@ -207,10 +208,10 @@ class QwenImage(nn.Module):
         )
         self.norm_out = FinalNorm(width)
         self.head = head
-        # Nothing reads the text tokens that leave the last block, so these never get a gradient.
-        last = self.transformer_blocks[-1]
-        for unused in (last.attn.to_add_out, last.txt_mlp):
-            unused.requires_grad_(False)
+        # Nothing reads the text tokens that leave the last block: these never get a gradient.
+        for name, parameter in self.named_parameters():
+            if name in self.unread:
+                parameter.requires_grad_(False)
 
     def forward(
         self,
@@ -236,6 +237,13 @@ class QwenImage(nn.Module):
                 image_BTD, text_BLD = block(*inputs)
         norm_out, head = self.output(adapted)
         return head(norm_out(image_BTD, temb_BD), temb_BD, (H, W))
+
+    @property
+    def unread(self) -> set[str]:
+        """Parameters that published checkpoints have and no output depends on."""
+        last = f"transformer_blocks.{len(self.transformer_blocks) - 1}."
+        layers = ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+        return {f"{last}{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
 
     def output(self, adapted: bool) -> tuple[nn.Module, nn.Module]:
         """The final norm and head of a pass."""
@@ -281,36 +289,60 @@ def build_teacher(config: ModelConfig, seed: int) -> QwenImage:
     return model
 
 
-def build_student(teacher: QwenImage, config: ModelConfig, policy: PolicyConfig, seed: int) -> QwenImage:
-    """A student with the teacher's weights and a policy head that starts from the teacher's output projection."""
-    return student_of(QwenImage, teacher, config, policy, seed)
+def plan_model(config: ModelConfig, policy: PolicyConfig | None = None) -> QwenImage:
+    """A teacher, or with a policy a student, on the meta device: shapes without weights."""
+    width, channels = config.width, config.latent_channels
+    with torch.device("meta"):
+        head = VelocityHead(width, channels) if policy is None else build_policy_head(width, channels, policy)
+        return QwenImage(config, head)
 
 
-def build_tied(
-    teacher: QwenImage, config: ModelConfig, policy: PolicyConfig, lora: LoraConfig, seed: int
-) -> TiedQwenImage:
-    """The teacher and, through adapters, a student that starts from it."""
-    tied = student_of(TiedQwenImage, teacher, config, policy, seed)
-    tied.teacher_norm_out.load_state_dict(teacher.norm_out.state_dict())
-    tied.teacher_head.load_state_dict(teacher.head.state_dict())
-    add_adapters(tied, lora, seed)
-    tied.norm_out.requires_grad_(True)
-    tied.head.requires_grad_(True)
-    return tied
+def plan_student(
+    config: ModelConfig, policy: PolicyConfig, teacher: WeightSource, seed: int
+) -> tuple[QwenImage, WeightSource]:
+    """A student on the meta device and the weights it starts from: the teacher's, and a head made from its output layer."""
+    head = initial_head(config, policy, teacher, seed)
+    return plan_model(config, policy), OverlaidWeights(head, without_head(teacher))
 
 
-Student = TypeVar("Student", bound=QwenImage)
+def plan_tied(
+    config: ModelConfig, policy: PolicyConfig, lora: LoraConfig, teacher: WeightSource, seed: int
+) -> tuple[TiedQwenImage, WeightSource]:
+    """Teacher and student on one trunk, on the meta device, and the weights they start from. All is frozen but the student's own."""
+    head = initial_head(config, policy, teacher, seed)
+    with torch.device("meta"):
+        model = TiedQwenImage(config, build_policy_head(config.width, config.latent_channels, policy))
+        add_adapters(model, lora)
+    model.norm_out.requires_grad_(True)
+    model.head.requires_grad_(True)
+    names = {name: base_name(name) for name, _ in model.named_parameters()}
+    own = {"head.": "teacher_head.", "norm_out.": "teacher_norm_out."}
+    names |= {
+        new + name.removeprefix(old): name
+        for name in teacher.shapes()
+        for old, new in own.items()
+        if name.startswith(old)
+    }
+    below = RenamedWeights(teacher, {new: name for new, name in names.items() if not new.startswith("head.")})
+    return model, OverlaidWeights(head, OverlaidWeights(InitialAdapters(model, seed), below))
 
 
-def student_of(
-    kind: type[Student], teacher: QwenImage, config: ModelConfig, policy: PolicyConfig, seed: int
-) -> Student:
-    generator = torch.Generator().manual_seed(seed)
+def initial_head(config: ModelConfig, policy: PolicyConfig, teacher: WeightSource, seed: int) -> TensorWeights:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = kind(config, build_policy_head(config.width, config.latent_channels, policy))
-    trunk = {name: value for name, value in teacher.state_dict().items() if not name.startswith("head.")}
-    missing = student.load_state_dict(trunk, strict=False).missing_keys
-    assert all(name.startswith(("head.", "teacher_")) for name in missing), missing
-    student.head.init_from_teacher(teacher.head, generator)
-    return student
+        head = build_policy_head(config.width, config.latent_channels, policy)
+        output = VelocityHead(config.width, config.latent_channels)
+    output.load_state_dict({name: teacher.view(f"head.{name}")[:].float() for name in output.state_dict()})
+    head.init_from_teacher(output, torch.Generator().manual_seed(seed))
+    return TensorWeights({f"head.{name}": value for name, value in head.state_dict().items()}, "a fresh policy head")
+
+
+def without_head(source: WeightSource) -> WeightSource:
+    return RenamedWeights(source, {name: name for name in source.shapes() if not name.startswith("head.")})
+
+
+def build_student(teacher: QwenImage, config: ModelConfig, policy: PolicyConfig, seed: int) -> QwenImage:
+    """The untrained student of a teacher that is in memory."""
+    model, start = plan_student(config, policy, TensorWeights(teacher.state_dict(), "the teacher"), seed)
+    fill(model, start)
+    return model

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from piflow_dist.config import OptimConfig, ParallelConfig
+from piflow_dist.models.weights import WeightSource, check_fits
+from piflow_dist.parallel.loading import load_sharded
 from piflow_dist.parallel.topology import Topology, partition_dim
 
 
@@ -83,25 +85,38 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     return deepspeed
 
 
-def split(module: nn.Module, topology: Topology) -> None:
-    """This tensor-parallel rank's part of a whole model, in place."""
+def shard(module: nn.Module, source: WeightSource | None, topology: Topology, config: dict, dtype: str) -> nn.Module:
+    """This rank's part of a model: split over the tensor-parallel group and, where it comes from a source, loaded.
+
+    source: weights for a module on the meta device; None for one that has its weights, all of them.
+    """
+    if source is not None:
+        check_fits(module, source)
     if topology.tp > 1:
         from piflow_dist.parallel.tensor import QWEN_IMAGE_PLAN, split_layers
 
         split_layers(module, QWEN_IMAGE_PLAN, topology.mpu.get_tensor_model_parallel_group())
+    if source is None:
+        return module.to(topology.device)
+    load_sharded(module, source, topology, DTYPES[dtype], config)
+    return module
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class FrozenModel:
     """A model without optimiser whose weights are sharded over the data-parallel ranks."""
 
-    def __init__(self, module: nn.Module, topology: Topology, parallel: ParallelConfig, dtype: str):
+    def __init__(
+        self, module: nn.Module, source: WeightSource, topology: Topology, parallel: ParallelConfig, dtype: str
+    ):
         deepspeed = import_deepspeed(topology.device)
         module.requires_grad_(False).eval()
-        split(module, topology)
         deepspeed.utils.set_z3_leaf_modules(module, list(module.leaf_modules))
-        self.engine, *_ = deepspeed.initialize(
-            model=module.to(topology.device), mpu=topology.mpu, config=deepspeed_config(None, parallel, dtype)
-        )
+        config = deepspeed_config(None, parallel, dtype)
+        module = shard(module, source, topology, config, dtype)
+        self.engine, *_ = deepspeed.initialize(model=module, mpu=topology.mpu, config=config)
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         return self.engine(*inputs)
@@ -123,11 +138,21 @@ class TiedTeacher:
 class TrainedModel:
     """A model under ZeRO-3 with its optimiser: fp32 master weights, any number of backwards per step."""
 
-    def __init__(self, module: nn.Module, topology: Topology, optim: OptimConfig, parallel: ParallelConfig, dtype: str):
+    def __init__(
+        self,
+        module: nn.Module,
+        source: WeightSource | None,
+        topology: Topology,
+        optim: OptimConfig,
+        parallel: ParallelConfig,
+        dtype: str,
+    ):
+        """source: weights for a module on the meta device; None for one that has its own."""
         deepspeed = import_deepspeed(topology.device)
         self.topology, self.optim = topology, optim
-        split(module, topology)
-        module = module.to(topology.device)
+        config = deepspeed_config(optim, parallel, dtype)
+        module.recompute_every = parallel.recompute_every
+        module = shard(module, source, topology, config, dtype)
         # Hooks on every linear would cost more than the arithmetic of a small model, and many small messages of a large one.
         deepspeed.utils.set_z3_leaf_modules(module, list(module.leaf_modules))
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -139,7 +164,7 @@ class TrainedModel:
             model_parameters=parameters,
             optimizer=client,
             mpu=topology.mpu,
-            config=deepspeed_config(optim, parallel, dtype),
+            config=config,
         )
         # After a step DeepSpeed refreshes the weights that every rank keeps whole with one message each; step() sends one.
         self.kept_whole, self.optimizer.persistent_parameters = self.optimizer.persistent_parameters, []

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, STUDENT, TEACHER, TEACHER_STEPS
+from conftest import REPO, STUDENT, TEACHER, TEACHER_STEPS, read_weights
 
 from piflow_dist.checkpoint.files import LATEST, newest_complete, steps_on_disk, verify
-from piflow_dist.checkpoint.reader import read_weights
 from piflow_dist.tracking.tracker import read_metrics
 
 PATIENCE = 240.0

@@ -178,11 +178,20 @@ def train_without_engine(config: Config) -> Course:
     from data_pipeline.stream import LatentStream
     from piflow_dist import train
 
-    module, teacher = train.build_modules(config)
-    if config.mode == "tied":
+    from piflow_dist.models.pretrained import open_teacher, plan_training
+    from piflow_dist.models.qwen_image import build_teacher, plan_model
+    from piflow_dist.models.weights import fill
+
+    if config.distils:
+        module, start = plan_training(config)
+        fill(module, start)
         teacher = functools.partial(module, adapted=False)
-    elif teacher is not None:
-        teacher.requires_grad_(False)
+        if config.mode == "full":
+            teacher = plan_model(config.model)
+            fill(teacher, open_teacher(config))
+            teacher.requires_grad_(False)
+    else:
+        module, teacher = build_teacher(config.model, config.train.seed), None
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if config.optim.type == "sgd":
         optimizer = torch.optim.SGD(parameters.values(), lr=config.optim.lr, momentum=config.optim.momentum)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from piflow_dist.checkpoint.files import (
     verify,
     write_atomic,
 )
-from piflow_dist.checkpoint.reader import load_checkpoint, read_weights
+from piflow_dist.checkpoint.reader import load_checkpoint
 from piflow_dist.launch.preflight import resolve_checkpoint
 
 SHAPES = {"head.weight": (3, 5), "norm.bias": (7,), "scalar": (1,), "even": (4, 2)}

@@ -1,0 +1,102 @@
+"""Where a model's weights come from, read piece by piece: nobody needs to hold a whole model to load a part of it."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+View = Any
+"""A tensor, or a slice of a file that is read where it is indexed: view[rows] or view[rows, columns]."""
+
+
+class WeightSource(Protocol):
+    """Named weights. `origin` says where from, for messages."""
+
+    origin: str
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    def view(self, name: str) -> View: ...
+
+
+class TensorWeights:
+    """Weights that are in memory."""
+
+    def __init__(self, tensors: dict[str, Tensor], origin: str):
+        self.tensors, self.origin = tensors, origin
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self.tensors.items()}
+
+    def view(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+class OverlaidWeights:
+    """Weights of `top`, and where it has none, of `below`."""
+
+    def __init__(self, top: WeightSource, below: WeightSource):
+        self.top, self.below, self.origin = top, below, f"{top.origin} over {below.origin}"
+        self.names = set(top.shapes())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.below.shapes() | self.top.shapes()
+
+    def view(self, name: str) -> View:
+        return (self.top if name in self.names else self.below).view(name)
+
+
+class RenamedWeights:
+    """Weights of `source` under other names: {new name: name in the source}."""
+
+    def __init__(self, source: WeightSource, names: dict[str, str]):
+        self.source, self.names, self.origin = source, names, source.origin
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        found = self.source.shapes()
+        return {new: found[name] for new, name in self.names.items() if name in found}
+
+    def view(self, name: str) -> View:
+        return self.source.view(self.names[name])
+
+
+def check_fits(model: nn.Module, source: WeightSource) -> None:
+    """Raise ValueError naming what is missing, unknown or of another shape. Weights that nothing reads may be missing.
+
+    model: whole, also on the meta device.
+    """
+    found = source.shapes()
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    needed = {name for name in wanted if name not in model.unread}
+    problems = [f"missing: {some(needed - set(found))}"] if needed - set(found) else []
+    problems += [f"unknown: {some(set(found) - set(wanted))}"] if set(found) - set(wanted) else []
+    problems += [
+        f"{name} is {shape} instead of {wanted[name]}"
+        for name, shape in found.items()
+        if name in wanted and shape != wanted[name]
+    ][:8]
+    if problems:
+        raise ValueError(f"{source.origin} does not fit the model: {'; '.join(problems)}.")
+
+
+def some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+@torch.no_grad()
+def fill(model: nn.Module, source: WeightSource) -> None:
+    """Give a whole model on the meta device its weights, fp32 on the CPU."""
+    check_fits(model, source)
+    found = set(source.shapes())
+    for owner, attribute, name, parameter in owned_parameters(model):
+        value = source.view(name)[:].float() if name in found else torch.zeros(parameter.shape)
+        setattr(owner, attribute, nn.Parameter(value.clone(), parameter.requires_grad))
+
+
+def owned_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Parameter]]:
+    """(module, attribute, whole name, parameter) of all parameters. The parameters may be replaced on the way."""
+    for prefix, module in list(model.named_modules()):
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            yield module, attribute, f"{prefix}.{attribute}" if prefix else attribute, parameter

@@ -1,0 +1,53 @@
+"""Give a model on the meta device this rank's share of its weights: never more than that and one tensor in memory."""
+
+import torch
+from torch import Tensor, nn
+
+from piflow_dist.models.weights import View, WeightSource, owned_parameters
+from piflow_dist.parallel.topology import Topology, partition_dim
+
+
+@torch.no_grad()
+def load_sharded(model: nn.Module, source: WeightSource, topology: Topology, dtype: torch.dtype, config: dict) -> None:
+    """Parameters of `model` (meta device, already split over the tensor-parallel group) -> ZeRO-3 shards from `source`.
+
+    Every rank reads its own elements; nothing is sent. config: DeepSpeed's.
+    """
+    import deepspeed
+
+    found, first = set(source.shapes()), None
+    for owner, attribute, name, parameter in owned_parameters(model):
+        whole = nn.Parameter(
+            torch.empty(parameter.shape, dtype=dtype, device=topology.device), requires_grad=parameter.requires_grad
+        )
+        for mark in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+            if hasattr(parameter, mark):
+                setattr(whole, mark, getattr(parameter, mark))
+        setattr(owner, attribute, whole)
+        if first is None:
+            first, group = whole, topology.dp_group
+            holder = nn.ParameterList([whole])  # DeepSpeed shards modules, and further parameters by their first
+            deepspeed.zero.Init(holder, data_parallel_group=group, config_dict_or_path=config, mpu=topology.mpu)
+        else:
+            first.convert_to_zero_parameters([whole])
+        whole.ds_tensor.zero_()
+        if name in found:
+            part = read_part(source.view(name), whole, topology)
+            whole.ds_tensor[: len(part)].copy_(part)
+
+
+def read_part(view: View, parameter: nn.Parameter, topology: Topology) -> Tensor:
+    """The elements of this rank, flat: a data-parallel rank's range of the tensor-parallel rank's slice."""
+    shape, dim, size = tuple(parameter.ds_shape), partition_dim(parameter), parameter.partition_numel()
+    begin, end = topology.dp_rank * size, min((topology.dp_rank + 1) * size, parameter.ds_numel)
+    if begin >= end:
+        return torch.empty(0)
+    width = parameter.ds_numel // shape[0]
+    first, last = begin // width, -(-end // width)
+    rows = slice(first, last)
+    if dim == 0:
+        offset = topology.tp_rank * shape[0]
+        rows = slice(offset + first, offset + last)
+    columns = slice(topology.tp_rank * shape[1], (topology.tp_rank + 1) * shape[1]) if dim == 1 else None
+    piece = view[rows] if columns is None else view[rows, columns]
+    return piece.flatten()[begin - first * width : end - first * width]
