@@ -64,6 +64,8 @@ class Run:
     stream: LatentStream
     empty_LD: Tensor
     state: TrainState
+    teacher_fingerprint: str | None
+    """Saved with the run, which preflight refuses to continue with another teacher."""
 
 
 def build_run(config: Config, topology: Topology) -> Run:
@@ -100,6 +102,7 @@ def build_run(config: Config, topology: Topology) -> Run:
         stream=stream,
         empty_LD=encoder.encode([""])[0].to(topology.device),
         state=TrainState(),
+        teacher_fingerprint=open_teacher(config).fingerprint() if config.distils else None,
     )
 
 
@@ -201,6 +204,7 @@ def resume(run: Run) -> None:
 
 def save(run: Run) -> None:
     state = {"train": vars(run.state), "data": run.stream.state_dict(), "torch": torch.__version__}
+    state["teacher"] = run.teacher_fingerprint
     folder = Path(run.config.run_dir) / "checkpoints"
     keep = run.config.checkpoint.keep
     save_checkpoint(folder, run.state.step, run.model, run.ema.averages, state, run.topology, keep)

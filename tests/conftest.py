@@ -79,6 +79,29 @@ def write_tiny_set(root: Path) -> None:
     ).write()
 
 
+def write_diffusers_teacher(pipeline: Path, **changes: object) -> Path:
+    """A random transformer of the tiny model's shape, as diffusers writes it: several files and their index."""
+    from data_pipeline.compat import repair_torchvision
+
+    repair_torchvision()
+    from diffusers import QwenImageTransformer2DModel
+
+    shape = {
+        "patch_size": 2,
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 64,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        QwenImageTransformer2DModel(**shape | changes).save_pretrained(pipeline / "transformer", max_shard_size="200KB")
+    return pipeline
+
+
 def run_tool(name: str, *arguments: str, time_limit: float = 300.0) -> subprocess.CompletedProcess:
     """Run tools/NAME.py to its end, as a user does; stdout holds stderr too."""
     return subprocess.run(

@@ -1,5 +1,6 @@
 """Read a run's checkpoint: this rank's shards of it, or whole parameters. Knows nothing of engines or ranks of its own."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from piflow_dist.checkpoint.files import STATE, CheckpointError, read_json, shard_name, verify
+from piflow_dist.checkpoint.files import MANIFEST, STATE, CheckpointError, read_json, shard_name, verify
 
 WEIGHTS, EMA, OPTIMIZER = "weights", "ema", "optimizer"
 
@@ -43,7 +44,7 @@ class CheckpointWeights:
     def __init__(self, path: Path, ema: bool = True):
         verify(path)
         state = read_json(path / STATE)
-        self.origin, self.kind = str(path), EMA if ema else WEIGHTS
+        self.path, self.origin, self.kind = path, str(path), EMA if ema else WEIGHTS
         self.reader = ShardReader(path, state["dp_size"], state["tp"])
         self.layouts = {name: Layout(**layout) for name, layout in state["parameters"].items()}
 
@@ -56,6 +57,10 @@ class CheckpointWeights:
 
     def view(self, name: str) -> Tensor:
         return self.reader.read_whole(f"{self.kind}/{name}", self.layouts[name])
+
+    def fingerprint(self) -> str:
+        """Of all contents: the manifest has the hash of every file."""
+        return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,12 @@ import os
 from pathlib import Path
 
 from data_pipeline.description import load_description
-from piflow_dist.checkpoint.files import newest_complete
-from piflow_dist.config import Config, ConfigError, read_config, require
+from piflow_dist.checkpoint.files import STATE, newest_complete, read_json
+from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
+from piflow_dist.config import Config, ConfigError, ModelConfig, require
+from piflow_dist.models.pretrained import DiffusersWeights, diffusers_folder, open_teacher, read_diffusers_config
+from piflow_dist.models.qwen_image import plan_model
+from piflow_dist.models.weights import check_fits
 
 
 def check_run(config: Config) -> None:
@@ -14,6 +18,7 @@ def check_run(config: Config) -> None:
     check_data(config)
     if config.distils:
         check_teacher(config)
+        check_same_teacher(config)
 
 
 def check_writable(folder: Path) -> None:
@@ -56,32 +61,42 @@ def check_data(config: Config) -> None:
     )
 
 
-def resolve_checkpoint(source: str, option: str) -> Path:
-    """A checkpoint folder, or the newest complete checkpoint of a run folder."""
-    path = Path(source)
-    if (path / "manifest.json").is_file():
-        return path
-    require(path.is_dir(), f"{option}={source} does not exist. Give a run folder or a checkpoint folder.")
-    checkpoint, problems = newest_complete(path / "checkpoints")
-    detail = " ".join(problems)
-    require(
-        checkpoint is not None, f"{option}={source} has no complete checkpoint under {path / 'checkpoints'}. {detail}"
-    )
-    return checkpoint
-
-
 def check_teacher(config: Config) -> None:
-    checkpoint = resolve_checkpoint(config.distill.teacher, "distill.teacher")
-    teacher = read_run_config(checkpoint)
+    source = config.distill.teacher
+    folder = diffusers_folder(source)
+    model = check_teacher_run(config) if folder is None else read_diffusers_config(folder)
+    require(
+        model == config.model,
+        f"distill.teacher={source} has the model {model}, this run {config.model}. Choose the same model group.",
+    )
+    if folder is not None:
+        try:
+            check_fits(plan_model(model), DiffusersWeights(folder))
+        except ValueError as error:
+            raise ConfigError(f"distill.teacher={source}: {error}") from error
+
+
+def check_same_teacher(config: Config) -> None:
+    """A run that goes on must have the teacher that it began with: adapters and a policy head fit no other weights."""
+    folder = Path(config.run_dir) / "checkpoints"
+    checkpoint = newest_complete(folder)[0] if config.checkpoint.resume else None
+    if checkpoint is None:
+        return
+    began_with, found = read_json(checkpoint / STATE)["teacher"], open_teacher(config).fingerprint()
+    require(
+        began_with == found,
+        f"distill.teacher={config.distill.teacher} (fingerprint {found[:12]}) is not the teacher that {checkpoint} was "
+        f"trained with ({str(began_with)[:12]}). Give that one, or another run_dir, or checkpoint.resume=false.",
+    )
+
+
+def check_teacher_run(config: Config) -> ModelConfig:
+    """The model of a teacher that was trained here."""
+    teacher = read_run_config(resolve_checkpoint(config.distill.teacher, "distill.teacher"))
     require(
         teacher.objective == "flow_matching",
         f"distill.teacher={config.distill.teacher} was trained with objective={teacher.objective}. "
         "A teacher predicts velocities: give a run of objective=flow_matching.",
-    )
-    require(
-        teacher.model == config.model,
-        f"distill.teacher={config.distill.teacher} has the model {teacher.model}, this run {config.model}. "
-        "Choose the same model group.",
     )
     if teacher.data.caption_dropout == 0:
         require(
@@ -89,11 +104,4 @@ def check_teacher(config: Config) -> None:
             f"distill.guidance.scale={config.distill.guidance.scale} needs the unconditional velocity, but the teacher "
             "was trained with data.caption_dropout=0. Set distill.guidance.scale=1.",
         )
-
-
-def read_run_config(checkpoint: Path) -> Config:
-    """The configuration of the run that wrote a checkpoint."""
-    path = checkpoint.parent.parent / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing: {checkpoint} does not lie in a run folder (RUN/checkpoints/step_N).")
-    return read_config(path)
+    return teacher.model

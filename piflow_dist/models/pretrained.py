@@ -1,17 +1,19 @@
 """Weights on disk: our checkpoints and diffusers' folders, and the models that they belong to."""
 
+import hashlib
 import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from piflow_dist.checkpoint.reader import CheckpointWeights
+from piflow_dist.checkpoint.runs import resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, ModelConfig
-from piflow_dist.launch.preflight import resolve_checkpoint
 from piflow_dist.models.qwen_image import QwenImage, plan_model, plan_student, plan_tied
 from piflow_dist.models.weights import OverlaidWeights, View, WeightSource, fill
 
 INDEX, SINGLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 
 class DiffusersWeights:
@@ -27,6 +29,7 @@ class DiffusersWeights:
             opened = [safe_open(folder / name, framework="pt") for name in files]
         except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
             raise ConfigError(f"{folder} cannot be read as a transformer in diffusers' layout: {error}") from error
+        self.files = [folder / name for name in files]
         self.views = {our_name(key): file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118 (no dict)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -34,6 +37,18 @@ class DiffusersWeights:
 
     def view(self, name: str) -> View:
         return self.views[name]
+
+    def fingerprint(self) -> str:
+        """Of names, shapes and sampled contents: whole files of 40 GB would take minutes to hash."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            size = path.stat().st_size
+            digest.update(f"{path.name},{size}".encode())
+            with open(path, "rb") as file:
+                for block in range(SAMPLED_BLOCKS):
+                    file.seek(block * max(0, size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
+                    digest.update(file.read(BLOCK_BYTES))
+        return digest.hexdigest()
 
 
 def our_name(name: str) -> str:
@@ -83,7 +98,7 @@ def diffusers_folder(source: str) -> Path | None:
     return None
 
 
-def open_teacher(config: Config) -> WeightSource:
+def open_teacher(config: Config) -> DiffusersWeights | CheckpointWeights:
     """The weights of a distillation's teacher (averaged ones, of a run of ours). Raises ConfigError and CheckpointError."""
     folder = diffusers_folder(config.distill.teacher)
     if folder is not None:

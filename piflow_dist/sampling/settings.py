@@ -10,8 +10,8 @@ from omegaconf import MISSING
 
 from data_pipeline.description import load_description
 from piflow_dist.checkpoint.files import MANIFEST
+from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, LaunchConfig, require, require_positive
-from piflow_dist.launch.preflight import read_run_config, resolve_checkpoint
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from data_pipeline.codec import load_codec
 from data_pipeline.prompts import TokenTableEncoder, vocabulary
 from piflow_dist.checkpoint.files import newest_complete
-from piflow_dist.launch.preflight import read_run_config
+from piflow_dist.checkpoint.runs import read_run_config
 from piflow_dist.models.pretrained import load_model
 from piflow_dist.models.qwen_image import QwenImage
 from piflow_dist.sampling.sampler import write_part

@@ -28,7 +28,7 @@ from piflow_dist.checkpoint.files import (
     write_atomic,
 )
 from piflow_dist.checkpoint.reader import load_checkpoint
-from piflow_dist.launch.preflight import resolve_checkpoint
+from piflow_dist.checkpoint.runs import resolve_checkpoint
 
 SHAPES = {"head.weight": (3, 5), "norm.bias": (7,), "scalar": (1,), "even": (4, 2)}
 
