@@ -3,10 +3,13 @@
 Imported where parallel.tp > 1 only: Megatron takes seconds to import.
 """
 
+import warnings
 from datetime import timedelta
 
 import torch.distributed as dist
-from megatron.core import parallel_state
+
+warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+from megatron.core import parallel_state  # noqa: E402  (it warns while it is imported)
 
 
 def start_groups(tp: int, timeout: timedelta) -> None:

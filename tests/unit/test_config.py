@@ -33,6 +33,25 @@ def test_every_experiment_loads(name: str) -> None:
     assert config.run_dir and config.data.root
 
 
+@pytest.mark.parametrize("name", ["qwen_gmm", "qwen_gmm_datafree", "qwen_dx", "qwen_dx_poly"])
+def test_the_published_recipe(name: str) -> None:
+    """Figures of pi-Flow (arXiv 2510.14974) for Qwen-Image."""
+    config = load_config([f"experiment={name}"])
+    lora, optim, distill = config.lora, config.optim, config.distill
+    assert (config.mode, lora.rank, lora.alpha, lora.dropout) == ("tied", 256, 256, 0.05)
+    assert (optim.type, optim.lr, optim.betas, optim.weight_decay) == ("adamw", 1e-4, [0.9, 0.95], 0)
+    assert (optim.warmup_steps, optim.clip, optim.clip_from_step) == (100, 50, 100)
+    assert (config.ema.gamma, config.ema.start_step, config.train.steps, config.train.batch_size) == (7, 100, 9000, 256)
+    assert (distill.nfe, distill.final_step_size_scale, distill.total_substeps, distill.window_substeps) == (
+        4,
+        0.5,
+        128,
+        3,
+    )
+    assert (distill.num_intermediate_states, distill.loss_scale, distill.guidance.scale) == (2, 30, 4)
+    assert (config.schedule.shift, config.policy.num_components, config.policy.num_nodes) == (3.2, 8, 10)
+
+
 @pytest.mark.parametrize("group", ["model", "policy", "optim"])
 def test_every_group_file_loads(group: str) -> None:
     for path in sorted((CONFIG_DIR / group).glob("*.yaml")):
@@ -40,7 +59,7 @@ def test_every_group_file_loads(group: str) -> None:
 
 
 def test_there_are_experiments() -> None:
-    assert {"demo_teacher", "demo_gmm", "demo_dx", "demo_datafree"} <= set(EXPERIMENTS)
+    assert {"demo_teacher", "demo_gmm", "demo_dx", "demo_datafree", "qwen_gmm"} <= set(EXPERIMENTS)
 
 
 def test_the_published_model_is_the_default() -> None:
