@@ -192,7 +192,8 @@ def test_a_run_deleted_in_the_store_is_replaced(config: Config, caplog: pytest.L
 
 def test_settings_that_a_kill_kept_from_the_store_follow(config: Config) -> None:
     client = mlflow.MlflowClient(tracking_uri=config.tracking.uri)
-    run = client.create_run(client.create_experiment(config.tracking.experiment))
+    artifacts = Path(config.run_dir).parent.as_uri()
+    run = client.create_run(client.create_experiment(config.tracking.experiment, artifact_location=artifacts))
     (Path(config.run_dir) / RUN_ID).write_text(run.info.run_id)
     client.log_param(run.info.run_id, "objective", "flow_matching")
     Tracker(config, 1, 1)
