@@ -13,6 +13,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from piflow_dist.checkpoint.files import write_atomic
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -409,11 +412,6 @@ class Config:
                 f"data.caption_dropout={self.data.caption_dropout} is for teachers: a student imitates the guided "
                 f"velocity at the given prompt. Set data.caption_dropout=0 with objective={self.objective}.",
             )
-            require(
-                not (self.objective == "imitation_datafree" and self.distill.num_decay_iters > 0),
-                f"distill.num_decay_iters={self.distill.num_decay_iters} mixes in the teacher's trajectory, which "
-                "starts from data. Set distill.num_decay_iters=0 with objective=imitation_datafree.",
-            )
         else:
             require(
                 not self.model.guidance_embeds,
@@ -452,7 +450,7 @@ def load_config(overrides: list[str], schema: type = Config, name: str = "train"
 def explain(error: Exception, structured: Any) -> str:
     """Hydra's message, and what exists at the place where it looked."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = str(cause).strip().splitlines()[0].rstrip(".")
+    text = first_line(cause).rstrip(".")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group = Path(str(error.missing_cfg_file)).parent
         return f"{text}. Choose one of: {', '.join(sorted(path.stem for path in (CONFIG_DIR / group).glob('*.yaml')))}."
@@ -465,21 +463,42 @@ def explain(error: Exception, structured: Any) -> str:
 
 
 def save_config(config: Any, path: Path) -> None:
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """Write a resolved configuration; a reader sees the old file or the new one."""
+    write_atomic(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def read_config(path: Path, schema: type = Config) -> Any:
-    """The resolved configuration that a run saved."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+    """The resolved configuration that a run saved. Raises ConfigError where the file cannot be read as one."""
+    try:
+        return config_from(OmegaConf.load(path), schema)
+    except (OSError, YAMLError, ConfigError) as error:
+        raise ConfigError(f"{path} cannot be read as saved settings: {first_line(error)}") from error
 
 
-def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Lines 'key: old -> new' for every value that differs between two configurations."""
-    lines = []
+def config_from(values: Any, schema: type = Config) -> Any:
+    """Plain nested values, as saved, -> a checked configuration. Raises ConfigError where they are not one."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except (OmegaConfBaseException, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(first_line(error)) from error
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """The configuration as plain nested values, for JSON."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) for every value that differs between two configurations."""
+    changed = {}
     for item in dataclasses.fields(new):
         before, after, key = getattr(old, item.name), getattr(new, item.name), prefix + item.name
         if dataclasses.is_dataclass(after):
-            lines += changed_keys(before, after, key + ".")
+            changed |= changed_keys(before, after, key + ".")
         elif before != after:
-            lines.append(f"{key}: {before} -> {after}")
-    return lines
+            changed[key] = (before, after)
+    return changed
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -22,7 +22,7 @@ from data_pipeline.prompts import load_prompt_encoder
 from data_pipeline.stream import LatentStream
 from piflow_dist.checkpoint.reader import load_checkpoint
 from piflow_dist.checkpoint.sharded import find_checkpoint, save_checkpoint
-from piflow_dist.config import Config, read_config
+from piflow_dist.config import Config, config_values, read_config
 from piflow_dist.distill.ema import Ema
 from piflow_dist.distill.objectives import (
     Batch,
@@ -141,7 +141,9 @@ def micro_step(run: Run, batch: Batch, scale: float, generator: torch.Generator)
                 run.model, run.teacher, batch, run.config, run.schedule, run.state.step, scale, generator
             )
         case "imitation_datafree":
-            return imitation_datafree_step(run.model, run.teacher, batch, run.config, run.schedule, scale, generator)
+            return imitation_datafree_step(
+                run.model, run.teacher, batch, run.config, run.schedule, run.state.step, scale, generator
+            )
         case unknown:
             raise ValueError(f"objective={unknown} has no training step.")
 
@@ -184,7 +186,10 @@ def guard_not_finite(run: Run, loss: float, result: StepResult) -> None:
 
 
 def resume(run: Run) -> None:
-    """Continue from the newest complete checkpoint of the run folder, if there is one."""
+    """Continue from the newest complete checkpoint of the run folder, if there is one.
+
+    The launcher has set checkpoints aside that are not to be continued: a process that is started again must not start afresh.
+    """
     folder = Path(run.config.run_dir) / "checkpoints"
     path, problems = find_checkpoint(folder, run.topology)
     for problem in problems:
@@ -203,8 +208,15 @@ def resume(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    state = {"train": vars(run.state), "data": run.stream.state_dict(), "torch": torch.__version__}
-    state["teacher"] = run.teacher_fingerprint
+    data = run.stream.description
+    state = {
+        "config": config_values(run.config),
+        "train": vars(run.state),
+        "data": run.stream.state_dict(),
+        "trained_on": {"codec": dict(data.codec), "prompt_encoder": dict(data.prompt_encoder)},
+        "teacher": run.teacher_fingerprint,
+        "torch": torch.__version__,
+    }
     folder = Path(run.config.run_dir) / "checkpoints"
     keep = run.config.checkpoint.keep
     save_checkpoint(folder, run.state.step, run.model, run.ema.averages, state, run.topology, keep)
@@ -254,8 +266,7 @@ def main() -> None:
     topology = start_process_group(config.launch.device, config.launch.timeout_seconds, config.parallel.tp)
     start_logging(topology.rank, f"{config.run_dir}/logs/rank_{topology.rank}.log")
     run = build_run(config, topology)
-    if config.checkpoint.resume:
-        resume(run)
+    resume(run)
     tracker = Tracker(config, run.state.step + 1, topology.world_size) if topology.is_main else None
     status = "FAILED"
     try:

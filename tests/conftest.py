@@ -1,6 +1,7 @@
 """A tiny data set, a tiny teacher and a tiny student, made once per test session."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,6 +145,17 @@ def read_weights(checkpoint: Path, ema: bool = True) -> dict[str, torch.Tensor]:
 
     weights = CheckpointWeights(checkpoint, ema)
     return {name: weights.view(name) for name in weights.shapes()}
+
+
+def rewrite_state(checkpoint: Path, change: Callable[[dict], object]) -> None:
+    """Change a checkpoint's state.json in place, as if it had been written so."""
+    from piflow_dist.checkpoint.files import MANIFEST, STATE, file_digest, read_json
+
+    state, manifest = read_json(checkpoint / STATE), read_json(checkpoint / MANIFEST)
+    change(state)
+    (checkpoint / STATE).write_text(json.dumps(state))
+    manifest["files"][STATE] = file_digest(checkpoint / STATE)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 def load_tool(name: str) -> ModuleType:

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from piflow_dist.cli import run_tool
-from piflow_dist.config import changed_keys, load_config, read_config, save_config
+from piflow_dist.config import load_config, save_config
+from piflow_dist.launch.continuation import describe_continuation, set_aside
 from piflow_dist.launch.local import run_workers
 from piflow_dist.launch.preflight import check_run
 from piflow_dist.tracking.tracker import tracking_uri, ui_command
@@ -14,13 +15,14 @@ def launch(overrides: list[str]) -> None:
     config = load_config(overrides)
     check_run(config)
     run_dir = Path(config.run_dir)
-    path = run_dir / "config.yaml"
-    if path.is_file() and config.checkpoint.resume:
-        for line in changed_keys(read_config(path), config):
-            print(f"changed since this run was last started: {line}")
+    for line in describe_continuation(config):
+        print(line)
     if config.launch.dry_run:
         print(f"Everything checked; {config.launch.processes} processes would train in {run_dir}.")
         return
+    if (previous := set_aside(config)) is not None:
+        print(f"checkpoint.resume=false: the earlier training is kept in {previous}.")
+    path = run_dir / "config.yaml"
     save_config(config, path)
     run_workers("piflow_dist.train", [str(path)], config.launch, run_dir / "logs")
     print(f"Finished: {run_dir}. Runs: {ui_command(tracking_uri(config))}")

@@ -149,19 +149,20 @@ def imitation_datafree_step(
     batch: Batch,
     config: Config,
     schedule: FlowSchedule,
+    step: int,
     scale: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """pi-ID from noise: walk all segments, one backward each, entering the next where the detached policy ends.
+    """pi-ID from noise: walk all segments, one backward each, entering the next where the walk through this one ends.
 
-    Of the batch's images only the shape is used. Returns the detached sum of the segments' losses weighted by length.
+    The walk is the detached policy's, and with scheduled mixing partly the teacher's (imitation_segment). Of the batch's images only the shape is used. Returns the detached sum of the segments' losses weighted by length.
     """
     velocity = TeacherVelocity(teacher, batch, config.distill.guidance, config.model.guidance_embeds)
     boundaries = segment_boundaries(config, schedule).to(batch.x0_BCHW.device)
-    x_BCHW, losses = randn_like(batch.x0_BCHW, generator), []
+    x_BCHW, losses, ratio = randn_like(batch.x0_BCHW, generator), [], teacher_ratio(step, config)
     for tau, tau_next in zip(boundaries[:-1], boundaries[1:], strict=True):
         tau_B, length_B = tau.expand(len(x_BCHW)), (tau - tau_next).expand(len(x_BCHW))
-        out = imitate(model, velocity, batch, x_BCHW, tau_B, length_B, config, schedule, 0.0, generator)
+        out = imitate(model, velocity, batch, x_BCHW, tau_B, length_B, config, schedule, ratio, generator)
         loss = out.loss * (tau - tau_next)
         model.backward(loss * scale)
         losses.append(loss.detach())

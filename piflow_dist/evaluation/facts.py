@@ -80,7 +80,7 @@ def next_steps(samples: Path, reference: Path, dataset: Path) -> dict[str, str]:
     """What to try -> command."""
     return {
         "Another kind of student (dx, datafree or gmm)": "make demo DEMO=dx",
-        "Another number of steps": "python tools/launch.py experiment=demo_gmm distill.nfe=2",
+        "Another number of steps": "python tools/launch.py experiment=demo_gmm distill.nfe=2 run_dir=outputs/demo/student_nfe2",
         "These metrics for one folder of samples": f"python tools/evaluate.py samples={samples} reference={reference} "
         f"dataset={dataset}",
     }

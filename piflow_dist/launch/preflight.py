@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 from data_pipeline.description import load_description
-from piflow_dist.checkpoint.files import STATE, newest_complete, read_json
+from piflow_dist.checkpoint.files import STATE, read_json
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, ModelConfig, require
-from piflow_dist.models.pretrained import DiffusersWeights, diffusers_folder, open_teacher, read_diffusers_config
+from piflow_dist.launch.continuation import check_continuation
+from piflow_dist.launch.local import check_devices, check_port
+from piflow_dist.models.pretrained import DiffusersWeights, diffusers_folder, read_diffusers_config
 from piflow_dist.models.qwen_image import plan_model
 from piflow_dist.models.weights import check_fits
 
@@ -18,7 +20,9 @@ def check_run(config: Config) -> None:
     check_data(config)
     if config.distils:
         check_teacher(config)
-        check_same_teacher(config)
+    check_continuation(config)
+    check_port(config.launch.port)
+    check_devices(config.launch)
 
 
 def check_writable(folder: Path) -> None:
@@ -76,28 +80,27 @@ def check_teacher(config: Config) -> None:
             raise ConfigError(f"distill.teacher={source}: {error}") from error
 
 
-def check_same_teacher(config: Config) -> None:
-    """A run that goes on must have the teacher that it began with: adapters and a policy head fit no other weights."""
-    folder = Path(config.run_dir) / "checkpoints"
-    checkpoint = newest_complete(folder)[0] if config.checkpoint.resume else None
-    if checkpoint is None:
-        return
-    began_with, found = read_json(checkpoint / STATE)["teacher"], open_teacher(config).fingerprint()
-    require(
-        began_with == found,
-        f"distill.teacher={config.distill.teacher} (fingerprint {found[:12]}) is not the teacher that {checkpoint} was "
-        f"trained with ({str(began_with)[:12]}). Give that one, or another run_dir, or checkpoint.resume=false.",
-    )
-
-
 def check_teacher_run(config: Config) -> ModelConfig:
     """The model of a teacher that was trained here."""
-    teacher = read_run_config(resolve_checkpoint(config.distill.teacher, "distill.teacher"))
+    checkpoint = resolve_checkpoint(config.distill.teacher, "distill.teacher")
+    require(
+        Path(config.run_dir).resolve() not in [checkpoint.resolve(), *checkpoint.resolve().parents[:2]],
+        f"run_dir={config.run_dir} is the folder of distill.teacher={config.distill.teacher}: the student would take the "
+        "teacher's place. Choose another run_dir.",
+    )
+    teacher, trained_on = read_run_config(checkpoint), read_json(checkpoint / STATE)["trained_on"]
     require(
         teacher.objective == "flow_matching",
         f"distill.teacher={config.distill.teacher} was trained with objective={teacher.objective}. "
         "A teacher predicts velocities: give a run of objective=flow_matching.",
     )
+    data = load_description(config.data.root)
+    for option, mine in (("codec", data.codec), ("prompt_encoder", data.prompt_encoder)):
+        require(
+            trained_on[option] == dict(mine),
+            f"data.root={config.data.root} was made with the {option} {dict(mine)}, distill.teacher={config.distill.teacher} "
+            f"was trained on {trained_on[option]}. Prepare the data with the teacher's {option}.",
+        )
     if teacher.data.caption_dropout == 0:
         require(
             config.distill.guidance.scale == 1,

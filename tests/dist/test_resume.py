@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, STUDENT, TEACHER, TEACHER_STEPS, read_weights
+from conftest import REPO, STUDENT, TEACHER, TEACHER_STEPS, read_weights, rewrite_state
 
 from piflow_dist.checkpoint.files import LATEST, newest_complete, steps_on_disk, verify
 from piflow_dist.tracking.tracker import read_metrics
@@ -343,8 +343,7 @@ def test_a_teacher_of_another_model_or_without_an_unconditional_velocity(
     assert "same model group" in refuse(*options, f"distill.teacher={teacher_run}", "model.num_layers=3")
     conditional = tmp_path / "conditional"
     shutil.copytree(teacher_run, conditional)
-    path = conditional / "config.yaml"
-    path.write_text(path.read_text().replace("caption_dropout: 0.1", "caption_dropout: 0.0"))
+    rewrite_state(newest(conditional), lambda state: state["config"]["data"].update(caption_dropout=0.0))
     message = refuse(*options, f"distill.teacher={conditional}")
     assert "distill.guidance.scale=2.0" in message and "distill.guidance.scale=1" in message
 
@@ -362,6 +361,7 @@ def test_a_dry_run_starts_and_changes_nothing(arguments: list[str], teacher_run:
     before = (teacher_run / "config.yaml").read_text()
     done = run_tool("launch", *arguments, f"run_dir={teacher_run}", "launch.dry_run=true", "optim.lr=0.1")
     assert done.returncode == 0, done.stdout
+    assert f"goes on from step {TEACHER_STEPS} of {TEACHER_STEPS}" not in done.stdout and "nothing to do" in done.stdout
     assert "optim.lr: 0.005 -> 0.1" in done.stdout and "Everything checked" in done.stdout
     assert (teacher_run / "config.yaml").read_text() == before
     assert json.loads((teacher_run / "checkpoints" / f"step_{TEACHER_STEPS:08d}" / "state.json").read_text())

@@ -143,12 +143,12 @@ def test_latest_is_a_hint_and_never_believed(tmp_path: Path) -> None:
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 10)
-    (path / MANIFEST).write_text((path / MANIFEST).read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(CheckpointError, match="format 3, this version reads 2"):
+    (path / MANIFEST).write_text((path / MANIFEST).read_text().replace(f'"format": {FORMAT}', '"format": 999'))
+    with pytest.raises(CheckpointError, match=f"format 999, this version reads {FORMAT}"):
         verify(path)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '{"format": 2}', '{"format": 2, "files": [1]}'])
+@pytest.mark.parametrize("text", ["[]", "null", f'{{"format": {FORMAT}}}', f'{{"format": {FORMAT}, "files": [1]}}'])
 def test_a_manifest_of_another_shape_is_a_damaged_one(tmp_path: Path, text: str) -> None:
     older, newer = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 20)
     (newer / MANIFEST).write_text(text)

@@ -82,9 +82,9 @@ def on_data(config: Config, student: Network, batch: Batch, step: int = 0, scale
     return loss, teacher
 
 
-def from_noise(config: Config, student: Network, batch: Batch, scale: float = 1.0, seed: int = 5):
+def from_noise(config: Config, student: Network, batch: Batch, step: int = 0, scale: float = 1.0, seed: int = 5):
     teacher = toned_teacher()
-    loss = objectives.imitation_datafree_step(student, teacher, batch, config, SCHEDULE, scale, seeded(seed))
+    loss = objectives.imitation_datafree_step(student, teacher, batch, config, SCHEDULE, step, scale, seeded(seed))
     return loss, teacher
 
 
@@ -141,6 +141,16 @@ def test_imitation_from_noise() -> None:
     other = Batch(batch.x0_BCHW + 1, batch.text_BLD, batch.mask_BL, batch.empty_LD)
     from_noise(distillation(), again := straight_student()[1], other)
     assert torch.equal(again.calls[0].x, noise)  # the images are not looked at
+
+
+def test_scheduled_mixing_from_noise_enters_each_segment_where_the_mixed_walk_ended() -> None:
+    config, B = distillation(num_decay_iters=10, window_substeps=0), 6
+    for step, slope in ((0, guided_tones(B).float()), (10, straight_student()[0].detach())):
+        from_noise(config, student := straight_student()[1], make_batch(B), step)
+        assert len(student.calls) == 4
+        for i, call in enumerate(student.calls):
+            walked = (SCHEDULE.warp(TAUS[i]) - 1) * slope
+            assert_close(call.x, student.calls[0].x + walked, rtol=0, atol=1e-4)
 
 
 def bent_outputs(kind: str, x: Tensor, sigma: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,164 @@
+"""The same run folder again: what may change, what is refused, and what becomes of an earlier training."""
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import STUDENT, STUDENT_STEPS, read_weights, rewrite_state, run_tool
+
+from piflow_dist.checkpoint.files import newest_complete, steps_on_disk, verify
+from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
+from piflow_dist.tracking.tracker import read_metrics
+
+
+@pytest.fixture
+def run_dir(student_run: Path, tmp_path: Path) -> Path:
+    """A copy of a finished student of 4 NFE."""
+    return Path(shutil.copytree(student_run, tmp_path / "runs" / "student"))
+
+
+@pytest.fixture
+def options(tiny_data: Path, teacher_run: Path, run_dir: Path) -> list[str]:
+    return [*STUDENT, f"data.root={tiny_data}", f"distill.teacher={teacher_run}", f"run_dir={run_dir}"]
+
+
+@pytest.fixture
+def refuse(refused_by: Callable[..., Callable[..., str]]) -> Callable[..., str]:
+    return refused_by("launch")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ("distill.nfe=2", "distill.nfe=2 (was 4)"),
+        ("policy.num_components=2", "policy.num_components=2 (was 3)"),
+        ("distill.guidance.scale=3", "distill.guidance.scale=3.0 (was 2.0)"),
+        ("objective=imitation_datafree", "objective=imitation_datafree (was imitation)"),
+        ("train.seed=8", "train.seed=8 (was 7)"),
+        ("train.batch_size=2", "train.batch_size=2 (was 4)"),
+        ("train.dtype=bf16", "train.dtype=bf16 (was fp32)"),
+        ("optim.type=sgd", "optim.type=sgd (was adamw)"),
+    ],
+)
+def test_another_training_in_the_same_folder(
+    refuse: Callable[..., str], options: list[str], run_dir: Path, change: str, named: str
+) -> None:
+    before = contents(run_dir)
+    message = refuse(*options, change)
+    assert named in message and f"step {STUDENT_STEPS}" in message
+    assert "another run_dir" in message and "checkpoint.resume=false" in message
+    assert contents(run_dir) == before
+
+
+def test_other_data_under_the_same_settings(
+    refuse: Callable[..., str], options: list[str], run_dir: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(tiny_data, tmp_path / "moved")
+    checkpoint = newest_complete(run_dir / "checkpoints")[0]
+    rewrite_state(checkpoint, lambda state: state["data"].update(dataset="0" * 64))
+    message = refuse(*options, f"data.root={moved}")
+    assert f"data.root={moved}" in message and "is not the data" in message and "000000000000" in message
+
+
+def test_another_teacher_under_the_same_path(refuse: Callable[..., str], options: list[str], run_dir: Path) -> None:
+    rewrite_state(newest_complete(run_dir / "checkpoints")[0], lambda state: state.update(teacher="0" * 64))
+    message = refuse(*options)
+    assert "distill.teacher=" in message and "is not the teacher" in message and "000000000000" in message
+
+
+def test_a_teacher_of_another_codec(
+    refuse: Callable[..., str], options: list[str], teacher_run: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(teacher_run, tmp_path / "other"))
+    rewrite_state(
+        newest_complete(other / "checkpoints")[0], lambda state: state["trained_on"]["codec"].update(scale=2.0)
+    )
+    message = refuse(*options, f"distill.teacher={other}", f"run_dir={tmp_path / 'new'}")
+    assert "codec" in message and "'scale': 2.0" in message and "Prepare the data" in message
+
+
+def test_the_folder_of_the_teacher(
+    refuse: Callable[..., str], options: list[str], teacher_run: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(teacher_run, tmp_path / "copy"))
+    before = contents(copy)
+    for way in (str(copy), f"{copy}/checkpoints/../", str(copy / "checkpoints")):
+        message = refuse(*options, f"run_dir={way}", f"distill.teacher={copy}", "checkpoint.resume=false")
+        assert "is the folder of distill.teacher" in message and "another run_dir" in message
+    assert contents(copy) == before
+
+
+def test_only_damaged_checkpoints(refuse: Callable[..., str], options: list[str], run_dir: Path) -> None:
+    for step in steps_on_disk(run_dir / "checkpoints"):
+        (run_dir / "checkpoints" / f"step_{step:08d}" / "rank_00000.safetensors").write_bytes(b"cut")
+    message = refuse(*options)
+    assert "none that can be continued" in message and "has 3 bytes instead of" in message
+
+
+def test_nothing_is_written_before_everything_was_checked(
+    refuse: Callable[..., str], options: list[str], run_dir: Path
+) -> None:
+    before = contents(run_dir)
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        taken = f"launch.port={holder.getsockname()[1]}"
+        for wrong in (("launch.processes=4", "launch.device=cuda"), (taken, "optim.lr=0.5")):
+            refuse(*options, *wrong, "checkpoint.resume=false")
+    assert contents(run_dir) == before
+
+
+def test_a_learning_rate_may_change_and_longer_training_goes_on(options: list[str], run_dir: Path) -> None:
+    done = run_tool("launch", *options, "train.steps=6", "optim.lr=0.02", "launch.processes=2")
+    assert done.returncode == 0, done.stdout
+    assert f"goes on from step {STUDENT_STEPS} of 6" in done.stdout
+    assert f"changed since step {STUDENT_STEPS}: optim.lr: 0.01 -> 0.02" in done.stdout
+    assert [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_starting_afresh_keeps_the_earlier_training(options: list[str], run_dir: Path, student_run: Path) -> None:
+    """Its newest step is later than any of the new one's, which must be the ones that are continued and sampled."""
+    before = {name: data for name, data in contents(run_dir).items() if not name.startswith(".")}
+    done = run_tool("launch", *options, "checkpoint.resume=false", "distill.nfe=2", "train.steps=2")
+    assert done.returncode == 0, done.stdout
+    earlier = run_dir / "previous_1"
+    assert f"the earlier training is kept in {earlier}" in done.stdout
+    kept = contents(earlier)
+    assert {name: kept.get(name) for name in before} == before
+    assert resolve_checkpoint(str(run_dir), "source").name == "step_00000002"
+    assert read_run_config(resolve_checkpoint(str(run_dir), "source")).distill.nfe == 2
+    assert [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")] == [1, 2]
+    wanted, found = (read_weights(resolve_checkpoint(str(run), "source")) for run in (student_run, earlier))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    again = run_tool("launch", *options, "distill.nfe=2", "train.steps=4")
+    assert "goes on from step 2 of 4" in again.stdout and again.returncode == 0, again.stdout
+    for step in steps_on_disk(run_dir / "checkpoints"):
+        verify(run_dir / "checkpoints" / f"step_{step:08d}")
+
+
+def test_a_checkpoint_says_what_wrote_it(run_dir: Path, tmp_path: Path) -> None:
+    """config.yaml beside it may be gone or of a later attempt."""
+    (run_dir / "config.yaml").unlink()
+    checkpoint = newest_complete(run_dir / "checkpoints")[0]
+    moved = Path(shutil.copytree(checkpoint, tmp_path / "elsewhere" / checkpoint.name))
+    config = read_run_config(moved)
+    assert (config.distill.nfe, config.policy.num_components, config.train.steps) == (4, 3, STUDENT_STEPS)
+    assert json.loads((moved / "state.json").read_text())["trained_on"]["codec"]["kind"] == "block_dct"
+
+
+def test_a_damaged_newest_checkpoint_is_named_where_an_older_one_is_taken(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = newest_complete(run_dir / "checkpoints")[0]
+    (newest / "rank_00000.safetensors").write_bytes(b"cut")
+    older = resolve_checkpoint(str(run_dir), "distill.teacher")
+    assert older.name < newest.name
+    assert newest.name in caplog.text and "has 3 bytes" in caplog.text and f"Using {older.name}" in caplog.text
