@@ -305,6 +305,8 @@ class ParallelConfig:
     """ZeRO-3 keeps parameters of fewer elements whole on every process: gathering them costs more than they weigh."""
     memory_efficient_linear: bool = True
     """Let no graph hold gathered weights between forward and backward. Costs time per layer that a small model feels."""
+    offload_optimizer: bool = False
+    """Keep fp32 masters, optimizer state and their average in host memory and update there: slower, for models that do not fit."""
     recompute_every: int = 0
     """Keep no activations of every n-th block and compute them again for the backward pass; 1: of all blocks, 0: of none."""
 
@@ -387,6 +389,10 @@ class Config:
         require(
             tp == 1 or self.optim.type != "muon",
             f"optim.type=muon orthogonalises whole matrices, which parallel.tp={tp} splits. Use optim.type=adamw.",
+        )
+        require(
+            not (self.parallel.offload_optimizer and self.optim.type == "muon"),
+            "parallel.offload_optimizer=true: optim.type=muon orthogonalises on the GPU. Use optim.type=adamw.",
         )
         self.train.accumulation(processes // tp)
 

@@ -58,6 +58,9 @@ def deepspeed_config(optim: OptimConfig | None, parallel: ParallelConfig, dtype:
     }
     if optim is None:
         return config
+    if parallel.offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        config["zero_force_ds_cpu_optimizer"] = False  # it would compile C++ at first use
     adam = {"betas": list(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay, "torch_adam": True}
     if optim.type == "muon":
         muon = {"muon_lr": optim.muon_lr, "adam_lr": optim.lr, "lr": optim.lr, "momentum": optim.momentum}

@@ -1,5 +1,6 @@
 """Building and loading a model of 0.3 billion parameters: no rank ever holds much more than its own share of it."""
 
+import dataclasses
 import threading
 import time
 from datetime import timedelta
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from piflow_dist.config import Config, load_config
 
 WORLD, TP = 4, 2
-OPTIONS = ("model=qwen_image_300m", "data.root=x", "run_dir=x", "lora.rank=64", f"launch.processes={WORLD}", f"parallel.tp={TP}")
+OPTIONS = ("model=qwen_image_300m", "data.root=x", "run_dir=x", "lora.rank=64", "train.dtype=bf16", f"launch.processes={WORLD}", f"parallel.tp={TP}")
 
 
 class AnonymousMemory:
@@ -55,6 +56,14 @@ def load_teacher(config: Config, topology) -> torch.nn.Module:
 
 
 def load_tied(config: Config, topology) -> torch.nn.Module:
+    return load_student(config, topology)
+
+
+def load_full(config: Config, topology) -> torch.nn.Module:
+    return load_student(dataclasses.replace(config, mode="full"), topology)
+
+
+def load_student(config: Config, topology) -> torch.nn.Module:
     from piflow_dist.models.pretrained import plan_training
     from piflow_dist.parallel.zero import TrainedModel
 
@@ -65,7 +74,7 @@ def measure(rank: int, load, folder: Path) -> dict[str, int]:
     from piflow_dist.parallel.groups import start_groups
     from piflow_dist.parallel.tensor import split_layers  # noqa: F401  (imports are not counted)
     from piflow_dist.parallel.topology import Topology
-    from piflow_dist.parallel.zero import import_deepspeed
+    from piflow_dist.parallel.zero import TrainedModel, import_deepspeed
 
     start_groups(TP, timedelta(seconds=600))
     topology = Topology(rank, WORLD, rank, torch.device("cpu"), TP)
@@ -76,7 +85,10 @@ def measure(rank: int, load, folder: Path) -> dict[str, int]:
         model = load(config, topology)
     parameters = list(model.engine.module.parameters())
     share = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters)
-    trained = sum(master.numel() * master.element_size() for master in getattr(model, "masters", []))
+    trained = 0
+    if isinstance(model, TrainedModel):  # fp32 masters, and the buffer in which gradients add up
+        kept = [*model.masters, model.optimizer.grad_partitions_flat_buffer]
+        trained = sum(tensor.numel() * tensor.element_size() for tensor in kept)
     whole = sum(p.ds_numel for p in parameters)
     return {"share": share, "trained": trained, "peak": memory.growth, "kept": memory.kept, "slice": whole}
 
@@ -105,7 +117,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("load", [load_teacher, load_tied])
+@pytest.mark.parametrize("load", [load_teacher, load_tied, load_full])
 def test_peak_of_loading(teacher: Path, load) -> None:
     for measured in run_ranks(measure, WORLD, load, teacher, time_limit=300):
         print({key: round(value / 2**20) for key, value in measured.items()})
