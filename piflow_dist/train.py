@@ -197,7 +197,8 @@ def resume(run: Run) -> None:
     if path is None:
         return
     place = run.topology
-    loaded = load_checkpoint(path, place.dp_rank, place.dp_size, place.tp_rank, place.tp)
+    split_dims = {shard.name: shard.split_dim for shard in run.model.shards}
+    loaded = load_checkpoint(path, place.dp_rank, place.dp_size, place.tp_rank, place.tp, split_dims)
     run.model.load(loaded.weights, loaded.optimizer)
     for name, average in run.model.named(run.ema.averages).items():
         average.copy_(loaded.ema[name])

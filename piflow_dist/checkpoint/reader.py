@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,27 @@ class LoadedState:
     state: dict[str, Any]
 
 
-def load_checkpoint(path: Path, dp_rank: int, dp_size: int, tp_rank: int = 0, tp: int = 1) -> LoadedState:
-    """This rank's shards of a verified checkpoint, also where it was saved on other numbers of ranks."""
+def load_checkpoint(
+    path: Path,
+    dp_rank: int,
+    dp_size: int,
+    tp_rank: int = 0,
+    tp: int = 1,
+    split_dims: Mapping[str, int | None] | None = None,
+) -> LoadedState:
+    """This rank's shards of a verified checkpoint, also where it was saved on other numbers of ranks.
+
+    split_dims: along which dimension this run splits each parameter over its tp ranks (None: not at all), where tp > 1. The
+    checkpoint knows only how the run split that saved it.
+    """
     state = read_json(path / STATE)
     reader = ShardReader(path, state["dp_size"], state["tp"])
     tensors: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, EMA: {}, OPTIMIZER: {}}
     for key in reader.names():
         kind, _, name = key.partition("/")
-        layout = Layout(**state["parameters"][name if kind != OPTIMIZER else name.partition("/")[2]])
-        tensors[kind][name] = reader.read(key, layout, dp_rank, dp_size, tp_rank, tp)
+        parameter = name if kind != OPTIMIZER else name.partition("/")[2]
+        saved, split_dim = Layout(**state["parameters"][parameter]), split_dims[parameter] if tp > 1 else None
+        tensors[kind][name] = reader.read(key, saved, dp_rank, dp_size, tp_rank, tp, split_dim)
     return LoadedState(tensors[WEIGHTS], tensors[EMA], tensors[OPTIMIZER], state)
 
 
@@ -89,13 +102,19 @@ class ShardReader:
     def names(self) -> list[str]:
         return list(self.slices[0][0].keys())
 
-    def read(self, key: str, layout: Layout, dp_rank: int, dp_size: int, tp_rank: int, tp: int) -> Tensor:
-        """The elements of one rank, padded with zeros to the common shard size; scalars as they are."""
+    def read(
+        self, key: str, layout: Layout, dp_rank: int, dp_size: int, tp_rank: int, tp: int, split_dim: int | None
+    ) -> Tensor:
+        """The elements of one rank, padded with zeros to the common shard size; scalars as they are.
+
+        layout: as saved. split_dim: along which this run splits the parameter over tp ranks; None: not at all.
+        """
         if not self.slices[0][0].get_slice(key).get_shape():
             return self.slices[0][0].get_tensor(key)
-        if layout.split_dim is None or tp == len(self.slices):
-            return self._read_flat(key, layout.numel, dp_rank, dp_size, 0 if layout.split_dim is None else tp_rank)
-        flat = self.read_whole(key, layout).chunk(tp, layout.split_dim)[tp_rank].flatten()
+        if layout.split_dim == split_dim and (split_dim is None or tp == len(self.slices)):
+            return self._read_flat(key, layout.numel, dp_rank, dp_size, 0 if split_dim is None else tp_rank)
+        whole = self.read_whole(key, layout)
+        flat = (whole if split_dim is None else whole.chunk(tp, split_dim)[tp_rank]).flatten()
         size = -(-len(flat) // dp_size)
         mine = flat[dp_rank * size : (dp_rank + 1) * size]
         return F.pad(mine, (0, size - len(mine)))

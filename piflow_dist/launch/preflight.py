@@ -6,10 +6,10 @@ from pathlib import Path
 from data_pipeline.description import load_description
 from piflow_dist.checkpoint.files import STATE, read_json
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
-from piflow_dist.config import Config, ConfigError, ModelConfig, require
+from piflow_dist.config import Config, ConfigError, ModelConfig, changed_keys, require
 from piflow_dist.launch.continuation import check_continuation
 from piflow_dist.launch.local import check_devices, check_port
-from piflow_dist.models.pretrained import DiffusersWeights, diffusers_folder, read_diffusers_config
+from piflow_dist.models.pretrained import DiffusersWeights, diffusers_folder, plan_training, read_diffusers_config
 from piflow_dist.models.qwen_image import plan_model
 from piflow_dist.models.weights import check_fits
 
@@ -69,15 +69,20 @@ def check_teacher(config: Config) -> None:
     source = config.distill.teacher
     folder = diffusers_folder(source)
     model = check_teacher_run(config) if folder is None else read_diffusers_config(folder)
+    changed = changed_keys(config.model, model)
+    different = [f"model.{key}={theirs}" for key, (_, theirs) in changed.items()]
     require(
-        model == config.model,
-        f"distill.teacher={source} has the model {model}, this run {config.model}. Choose the same model group.",
+        not different,
+        f"distill.teacher={source} has {', '.join(different)}, this run {', '.join(str(ours) for ours, _ in changed.values())}. Choose the same model group.",
     )
-    if folder is not None:
-        try:
+    try:
+        if folder is not None:
             check_fits(plan_model(model), DiffusersWeights(folder))
-        except ValueError as error:
-            raise ConfigError(f"distill.teacher={source}: {error}") from error
+        plan_training(config)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"distill.teacher={source}: {error}") from error
 
 
 def check_teacher_run(config: Config) -> ModelConfig:

@@ -1,5 +1,6 @@
 """Tensor parallelism alone and with ZeRO-3: the same training as one process, to rounding, weight by weight."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from ranks import run_ranks
 from test_zero import ADAMW, DATAFREE, MIXED, SGD, TEACHING, TIED, Course, make_config, train_steps, whole
 from torch.testing import assert_close
 
-WORLDS = {"one": (1, 1), "tp2": (2, 2), "dp2 x tp2": (4, 2)}
-"""(processes, of these in a tensor-parallel group)."""
+WORLDS = {"one": (1, 1), "dp2 x tp2": (4, 2), "tp2": (2, 2)}
+"""(processes, of these in a tensor-parallel group), in the order in which they run: what one saves the next ones resume."""
+SAVERS = (1, 4)
 CLIPPED = ("optim.clip=0.05", "optim.clip_from_step=2")
 SCENARIOS = {
     "teacher-sgd": (*TEACHING, *SGD, *CLIPPED),
@@ -39,10 +41,27 @@ def train_rank(rank: int, world_size: int, tp: int, data: Path, teacher: Path, o
     for name, options in SCENARIOS.items():
         micro = 4 // (world_size // tp) // (1 if world_size == 4 else 2)
         config = make_config((*options, *parallel, f"train.micro_batch_size={micro}"), data, teacher, out / name)
-        trained[name] = train_steps(config, topology, save=name == SAVED and world_size == 4)
-    config = make_config((*SCENARIOS[SAVED], *parallel), data, teacher, out / SAVED)
-    trained["resumed"] = train_steps(config, topology, from_checkpoint=True)
-    return trained
+        config = dataclasses.replace(config, run_dir=str(out / f"saved_by_{world_size}"))
+        trained[name] = train_steps(config, topology, save=name == SAVED and world_size in SAVERS)
+    return trained | resume_on(topology, data, teacher, out)
+
+
+def resume_rank(rank: int, world_size: int, data: Path, teacher: Path, out: Path) -> dict[str, Course]:
+    from piflow_dist.parallel.topology import Topology
+
+    return resume_on(Topology(rank, world_size, rank, torch.device("cpu")), data, teacher, out)
+
+
+def resume_on(topology: Any, data: Path, teacher: Path, out: Path) -> dict[str, Course]:
+    """Continue what other worlds have saved."""
+    parallel = (f"launch.processes={topology.world_size}", f"parallel.tp={topology.tp}")
+    resumed = {}
+    for saver in SAVERS:
+        folder = out / f"saved_by_{saver}"
+        if folder.exists() and saver != topology.world_size:
+            config = make_config((*SCENARIOS[SAVED], *parallel), data, teacher, folder)
+            resumed[f"resumed from {saver}"] = train_steps(config, topology, from_checkpoint=True)
+    return resumed
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +69,12 @@ def outcomes(
     tiny_data: Path, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Course]]]:
     out = tmp_path_factory.mktemp("tensor_parallel")
-    worlds = dict(sorted(WORLDS.items(), key=lambda item: -item[1][0]))  # the largest saves what all of them resume
-    return {
+    ranks = {
         name: run_ranks(train_rank, size, size, tp, tiny_data, teacher_run, out, time_limit=420)
-        for name, (size, tp) in worlds.items()
+        for name, (size, tp) in WORLDS.items()
     }
+    ranks["one again"] = run_ranks(resume_rank, 1, 1, tiny_data, teacher_run, out, time_limit=420)
+    return ranks
 
 
 def joined(ranks: list[Course], tp: int, kind: str = "shards") -> dict[str, torch.Tensor]:
@@ -86,12 +106,12 @@ def test_trains_like_one_process(outcomes: dict[str, Any], name: str, world: str
     assert_same_training([rank[name] for rank in outcomes[world]], WORLDS[world][1], outcomes["one"][0][name])
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_resumes_what_four_processes_saved(outcomes: dict[str, Any], world: str) -> None:
-    found, want = [rank["resumed"] for rank in outcomes[world]], outcomes["one"][0][SAVED]
+@pytest.mark.parametrize(("world", "saver"), [("dp2 x tp2", 1), ("tp2", 1), ("tp2", 4), ("one again", 4)])
+def test_resumes_what_another_world_saved(outcomes: dict[str, Any], world: str, saver: int) -> None:
+    found, want = [rank[f"resumed from {saver}"] for rank in outcomes[world]], outcomes["one"][0][SAVED]
     for course in found:
         assert_close(course.losses, want.losses[-len(course.losses) :], rtol=1e-5, atol=0)
-    weights, wanted = joined(found, WORLDS[world][1]), joined([want], 1)
+    weights, wanted = joined(found, WORLDS.get(world, (1, 1))[1]), joined([want], 1)
     assert all((weights[name] - wanted[name]).abs().max() < 1e-5 for name in wanted)
 
 

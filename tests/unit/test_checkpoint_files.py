@@ -30,7 +30,13 @@ from piflow_dist.checkpoint.files import (
 from piflow_dist.checkpoint.reader import load_checkpoint
 from piflow_dist.checkpoint.runs import resolve_checkpoint
 
-SHAPES = {"head.weight": (3, 5), "norm.bias": (7,), "scalar": (1,), "even": (4, 2)}
+SHAPES = {"head.weight": (3, 5), "norm.bias": (7,), "scalar": (1,), "even": (4, 2), "column": (8, 3), "row": (3, 8)}
+SPLIT = {"column": 0, "row": 1}
+"""Parameters that tensor parallelism splits, and along which dimension."""
+
+
+def split_dims(tp: int) -> dict[str, int | None]:
+    return {name: SPLIT.get(name) if tp > 1 else None for name in SHAPES}
 
 
 def parameters(seed: int = 0) -> dict[str, Tensor]:
@@ -38,29 +44,35 @@ def parameters(seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def shard_of(value: Tensor, rank: int, dp_size: int) -> Tensor:
-    """ZeRO's slice: rank-th of dp_size equal pieces of the flattened value, padded with zeros."""
+def shard_of(value: Tensor, rank: int, dp_size: int, name: str = "", tp: int = 1) -> Tensor:
+    """ZeRO's slice of a tensor-parallel one: rank-th of dp_size equal pieces of the flattened value, padded with zeros."""
+    if tp > 1 and name in SPLIT:
+        value = value.chunk(tp, SPLIT[name])[rank % tp]
+    rank //= tp
     size = math.ceil(value.numel() / dp_size)
     flat = torch.zeros(size * dp_size)
     flat[: value.numel()] = value.flatten()
     return flat[rank * size : (rank + 1) * size].clone()
 
 
-def write_checkpoint(folder: Path, step: int, dp_size: int = 2) -> Path:
+def write_checkpoint(folder: Path, step: int, dp_size: int = 2, tp: int = 1) -> Path:
     """A checkpoint as the docstring of checkpoint/files.py describes it, from values that tests know."""
     path = folder / step_name(step)
     path.mkdir(parents=True)
-    weights, ema, moments = (parameters(seed) for seed in (0, 1, 2))
-    for rank in range(dp_size):
-        tensors = {f"weights/{name}": shard_of(value, rank, dp_size) for name, value in weights.items()}
-        tensors |= {f"ema/{name}": shard_of(value, rank, dp_size) for name, value in ema.items()}
-        tensors |= {f"optimizer/exp_avg/{name}": shard_of(value, rank, dp_size) for name, value in moments.items()}
+    for rank in range(dp_size * tp):
+        tensors = {}
+        for seed, kind in enumerate(("weights", "ema", "optimizer/exp_avg")):
+            for name, value in parameters(seed).items():
+                tensors[f"{kind}/{name}"] = shard_of(value, rank, dp_size, name, tp)
         tensors |= {f"optimizer/step/{name}": torch.tensor(float(step)) for name in SHAPES}
         save_file(tensors, path / shard_name(rank))
-    layouts = {name: {"shape": list(shape), "split_dim": None} for name, shape in SHAPES.items()}
-    state = {"step": step, "dp_size": dp_size, "tp": 1, "parameters": layouts}
+    layouts = {}
+    for name, dim in split_dims(tp).items():
+        shape = [size // tp if axis == dim else size for axis, size in enumerate(SHAPES[name])]
+        layouts[name] = {"shape": shape, "split_dim": dim}
+    state = {"step": step, "dp_size": dp_size, "tp": tp, "parameters": layouts}
     (path / STATE).write_text(json.dumps(state))
-    files = {name: file_digest(path / name) for name in (STATE, *(shard_name(rank) for rank in range(dp_size)))}
+    files = {name: file_digest(path / name) for name in (STATE, *(shard_name(rank) for rank in range(dp_size * tp)))}
     (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}))
     (folder / LATEST).write_text(path.name + "\n")
     return path
@@ -179,7 +191,7 @@ def test_retention_never_removes_the_checkpoint_that_was_just_written(tmp_path: 
 @pytest.mark.parametrize("saved_on", [1, 2, 3, 4])
 @pytest.mark.parametrize("read_on", [1, 2, 3, 5, 8])
 def test_slices_for_another_number_of_ranks(tmp_path: Path, saved_on: int, read_on: int) -> None:
-    """Sizes of 15, 7, 1 and 8 elements: uneven on most of these, and fewer than ranks on some."""
+    """Sizes of 15, 7, 1, 8 and 24 elements: uneven on most of these, and fewer than ranks on some."""
     path = write_checkpoint(tmp_path, 10, saved_on)
     for rank in range(read_on):
         loaded = load_checkpoint(path, rank, read_on)
@@ -193,9 +205,26 @@ def test_slices_for_another_number_of_ranks(tmp_path: Path, saved_on: int, read_
         assert loaded.state["step"] == 10
 
 
-@pytest.mark.parametrize("saved_on", [1, 3])
-def test_whole_parameters(tmp_path: Path, saved_on: int) -> None:
-    path = write_checkpoint(tmp_path, 10, saved_on)
+@pytest.mark.parametrize("saved_on", [(1, 1), (3, 1), (1, 2), (2, 2), (2, 4)])
+@pytest.mark.parametrize("read_on", [(1, 1), (3, 1), (1, 2), (3, 2), (1, 4)])
+def test_slices_for_another_tensor_parallel_size(
+    tmp_path: Path, saved_on: tuple[int, int], read_on: tuple[int, int]
+) -> None:
+    """(dp, tp) of the run that saved, and of the one that goes on: a checkpoint of tp = 1 does not say what others split."""
+    path = write_checkpoint(tmp_path, 10, *saved_on)
+    dp_size, tp = read_on
+    for rank in range(dp_size * tp):
+        loaded = load_checkpoint(path, rank // tp, dp_size, rank % tp, tp, split_dims(tp))
+        for seed, found in ((0, loaded.weights), (1, loaded.ema)):
+            for name, value in parameters(seed).items():
+                assert torch.equal(found[name], shard_of(value, rank, dp_size, name, tp)), name
+        for name, value in parameters(2).items():
+            assert torch.equal(loaded.optimizer[f"exp_avg/{name}"], shard_of(value, rank, dp_size, name, tp)), name
+
+
+@pytest.mark.parametrize("saved_on", [(1, 1), (3, 1), (2, 2)])
+def test_whole_parameters(tmp_path: Path, saved_on: tuple[int, int]) -> None:
+    path = write_checkpoint(tmp_path, 10, *saved_on)
     for ema, seed in ((False, 0), (True, 1)):
         found, want = read_weights(path, ema), parameters(seed)
         assert found.keys() == want.keys()
