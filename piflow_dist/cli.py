@@ -1,11 +1,13 @@
 """How every tool ends: help, a message for people instead of a traceback, and an exit code that scripts can read."""
 
+import os
 import sys
 from collections.abc import Callable
 
 from piflow_dist.checkpoint.files import CheckpointError
 from piflow_dist.config import ConfigError
 from piflow_dist.launch.local import WorkerFailed
+from piflow_dist.parallel.topology import LAUNCHER_PID, die_with_parent
 
 
 def run_tool(tool: Callable[[list[str]], None], arguments: list[str], usage: str) -> None:
@@ -13,6 +15,8 @@ def run_tool(tool: Callable[[list[str]], None], arguments: list[str], usage: str
     if {"-h", "--help"} & set(arguments):
         print(usage)
         return
+    if LAUNCHER_PID in os.environ:
+        die_with_parent()  # started by another tool
     try:
         tool(arguments)
     except ConfigError as error:
@@ -20,7 +24,7 @@ def run_tool(tool: Callable[[list[str]], None], arguments: list[str], usage: str
     except (WorkerFailed, CheckpointError) as error:
         fail(f"error: {error}", 1)
     except KeyboardInterrupt:
-        fail("Stopped. The same command continues from the newest checkpoint.", 130)
+        fail("Stopped. The same command goes on from what is finished.", 130)
 
 
 def fail(message: str, code: int) -> None:

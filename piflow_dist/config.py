@@ -4,6 +4,7 @@ A wrong key is Hydra's error, a wrong value is raised here as ValueError with th
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 def require_positive(prefix: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(value > 0, f"{prefix}.{name}={value} must be greater than zero.")
+        require(value > 0 and math.isfinite(value), f"{prefix}.{name}={value} must be a number greater than zero.")
 
 
 @dataclass(kw_only=True)
@@ -100,6 +101,10 @@ class PolicyConfig:
         require_choice("policy.type", self.type, ("gmflow", "dx"))
         require_choice("policy.mode", self.mode, ("grid", "polynomial"))
         require_positive("policy", self, "num_components", "logstd_inner_dim")
+        require(
+            self.type == "dx" or self.mode == "grid",
+            f"policy.mode={self.mode} is of DX policies, this one has policy.type={self.type}. Set policy.type=dx.",
+        )
         require(self.num_nodes >= 2, f"policy.num_nodes={self.num_nodes} spans no interval. Use 2 or more.")
 
 
@@ -216,7 +221,11 @@ class OptimConfig:
         require_positive("optim", self, "lr", "muon_lr", "eps")
         for name in ("weight_decay", "warmup_steps", "clip", "clip_from_step"):
             require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative.")
-        require(len(self.betas) == 2, f"optim.betas={list(self.betas)} must be two numbers.")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas={list(self.betas)} must be two numbers in [0, 1).",
+        )
+        require(0 <= self.momentum < 1, f"optim.momentum={self.momentum} must lie in [0, 1).")
         require(
             not (self.type == "muon" and self.clip > 0),
             f"optim.clip={self.clip} with optim.type=muon would clip the orthogonalised updates, whose norm does not "
@@ -328,7 +337,7 @@ class LaunchConfig:
     timeout_seconds: int = 600
     """Time limit of a collective."""
     dry_run: bool = False
-    """Check everything, print the resolved configuration and stop."""
+    """Check everything and stop."""
 
     def __post_init__(self):
         require_positive("launch", self, "processes", "timeout_seconds")
@@ -445,7 +454,8 @@ def load_config(overrides: list[str], schema: type = Config, name: str = "train"
             composed = compose(name, overrides=list(overrides))
         missing = sorted(OmegaConf.missing_keys(composed))
         hint = " Choose a run with experiment=NAME, or" if name == "train" else ""
-        require(not missing, f"No value for {', '.join(missing)}.{hint} add {missing[0] if missing else ''}=VALUE.")
+        adding = f"{'add' if hint else 'Add'} {' '.join(f'{key}=VALUE' for key in missing)}"
+        require(not missing, f"No value for {', '.join(missing)}.{hint} {adding}.")
         return OmegaConf.to_object(composed)
     except ConfigError:
         raise

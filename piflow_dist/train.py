@@ -171,7 +171,7 @@ def lr_scale(step: int, config: Config) -> float:
 
 def guard_not_finite(run: Run, loss: float, result: StepResult) -> None:
     """Count skipped updates; stop before a checkpoint could hide that nothing is learnt any more."""
-    state, limit = run.state, run.config.train.max_skipped
+    state, limit = run.state, min(run.config.train.max_skipped, run.config.train.steps)
     if result.applied:
         state.skipped_in_a_row = 0
         return

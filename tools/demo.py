@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from omegaconf import OmegaConf
 
@@ -20,12 +22,15 @@ from data_pipeline.settings import list_settings, parse_settings
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.cli import run_tool
 from piflow_dist.config import ConfigError, load_config, require_choice
-from piflow_dist.launch.console import console
+from piflow_dist.launch.console import console, program
 from piflow_dist.launch.local import WorkerFailed
+from piflow_dist.launch.lock import only_user
+from piflow_dist.parallel.topology import LAUNCHER_PID
 from piflow_dist.tracking.tracker import tracking_uri, ui_command
 
 TOOLS = Path(__file__).resolve().parent
 NFE = 4
+VARIANTS = ("gmm", "dx", "datafree")
 
 
 @dataclass(kw_only=True)
@@ -37,7 +42,7 @@ class DemoConfig:
     out: str = "outputs/demo"
 
     def __post_init__(self):
-        require_choice("variant", self.variant, ("gmm", "dx", "datafree"))
+        require_choice("variant", self.variant, VARIANTS)
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,17 @@ def report_stage(config: DemoConfig, student: Stage, sampled: list[Stage]) -> St
         f"sources={','.join(stage.name for stage in sampled)}",
         f"reference={sampled[0].name}",
         f"cache={out / 'feature_net'}",
+        f"another={demo_command(config, 'dx' if config.variant == 'gmm' else 'gmm')}",
         f"mlflow={ui_command(tracking)}",
     ]
     return Stage(name, "evaluation and report", ["report.py", *arguments], out / f"{name}.html", tuple(sampled))
+
+
+def demo_command(config: DemoConfig, variant: str) -> str:
+    """What to type for another student beside this one's data and teacher."""
+    if config.out == "outputs/demo" and not config.quick:
+        return f"make demo DEMO={variant}"
+    return f"{program('python')} tools/demo.py variant={variant} quick={str(config.quick).lower()} out={config.out}"
 
 
 def steps(count: int | None) -> list[str]:
@@ -150,12 +163,26 @@ def run_stage(stage: Stage, records: Path) -> None:
 
 
 def run_tool_process(arguments: list[str]) -> int:
-    process = subprocess.Popen([sys.executable, str(TOOLS / arguments[0]), *arguments[1:]])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # Ctrl-C reached the tool too: let it end its processes before we go
+    """Exit code of a tool; 130 where the demo was interrupted, however the tool took it."""
+    environment = os.environ | {LAUNCHER_PID: str(os.getpid())}  # it ends with the demo, also by SIGKILL
+    process = subprocess.Popen([sys.executable, str(TOOLS / arguments[0]), *arguments[1:]], env=environment)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        process.terminate()
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGHUP)}
+    interrupted = False
+    try:
+        while True:
+            try:
+                code = process.wait()
+                return 130 if interrupted else code
+            except KeyboardInterrupt:
+                interrupted = True  # Ctrl-C reached the tool too: let it end its processes before we go
+    finally:
+        for number, answer in before.items():
+            signal.signal(number, answer)
 
 
 def write_timings(stages: list[Stage], records: Path, path: Path) -> None:
@@ -179,14 +206,16 @@ def demo(arguments: list[str]) -> None:
         raise ConfigError(f"out={out} cannot be written: {error.strerror}. Choose another folder.") from error
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     stages = plan(config)
-    for stage in stages:
-        if stage is stages[-1]:
-            write_timings(stages, records, out / "timings.json")
-        run_stage(stage, records)
+    with only_user(out / ".lock", f"out={out}"):
+        for stage in stages:
+            if stage is stages[-1]:
+                write_timings(stages, records, out / "timings.json")
+            run_stage(stage, records)
     report = stages[-1].makes
     console.print(f"\n[bold]Report:[/] {report} and {report.with_suffix('.md')}", soft_wrap=True)
     console.print(f"[bold]Runs:[/]   {stages[-1].arguments[-1].removeprefix('mlflow=')}", soft_wrap=True)
-    console.print("[bold]Next:[/]   make demo DEMO=dx, make demo DEMO=datafree; docs/ has one page per task.")
+    others = [demo_command(config, variant) for variant in VARIANTS if variant != config.variant]
+    console.print(f"[bold]Next:[/]   {', '.join(others)}; docs/ has one page per task.", soft_wrap=True)
 
 
 if __name__ == "__main__":

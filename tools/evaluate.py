@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
                 progress=progress,
             )
     except (EvaluationError, DataError, OSError) as error:
-        fail(f"error: {error}", 1)
+        fail(f"error: {error}", 2)
     table = Table(title=f"{result['title']}: {result['count']} images", title_justify="left", box=box.SIMPLE)
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right")

@@ -5,10 +5,12 @@
 A second call with the same settings finds the finished set and returns at once.
 """
 
+import os
 import sys
 
 from data_pipeline.prepare import PrepareConfig, prepare
 from data_pipeline.settings import list_settings, parse_settings
+from piflow_dist.parallel.topology import LAUNCHER_PID, die_with_parent
 
 
 def main(arguments: list[str]) -> int:
@@ -30,4 +32,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if LAUNCHER_PID in os.environ:
+        die_with_parent()  # started by another tool
     sys.exit(main(sys.argv[1:]))

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
         with training_progress() as progress:
             paths, rows = build_report(options, progress)
     except (EvaluationError, DataError, OSError) as error:
-        fail(f"error: {error}", 1)
+        fail(f"error: {error}", 2)
     table = Table(title=f"Measured against {options.reference}", title_justify="left", box=box.SIMPLE)
     table.add_column("metric", no_wrap=True)
     for row in rows:

@@ -155,7 +155,8 @@ def imitation_datafree_step(
 ) -> Tensor:
     """pi-ID from noise: walk all segments, one backward each, entering the next where the walk through this one ends.
 
-    The walk is the detached policy's, and with scheduled mixing partly the teacher's (imitation_segment). Of the batch's images only the shape is used. Returns the detached sum of the segments' losses weighted by length.
+    The walk is the detached policy's, and with scheduled mixing partly the teacher's (imitation_segment). Of the batch's
+    images only the shape is used. Returns the detached sum of the segments' losses weighted by length.
     """
     velocity = TeacherVelocity(teacher, batch, config.distill.guidance, config.model.guidance_embeds)
     boundaries = segment_boundaries(config, schedule).to(batch.x0_BCHW.device)

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from piflow_dist.evaluation.samples import EvaluationError, SampleFolder
+from piflow_dist.launch.console import program
 
 SETTINGS = {
     "Objective": "objective",
@@ -26,7 +27,7 @@ SETTINGS = {
     "Processes": "launch.processes",
     "Seed": "train.seed",
 }
-"""What is shown of RUN/student/config.yaml; the whole file is shown folded."""
+"""What is shown of the student's config.yaml; the whole file is shown folded."""
 
 
 def title_of(settings: DictConfig) -> str:
@@ -76,12 +77,14 @@ def machine() -> dict[str, str]:
     }
 
 
-def next_steps(samples: Path, reference: Path, dataset: Path) -> dict[str, str]:
-    """What to try -> command."""
-    return {
-        "Another kind of student (dx, datafree or gmm)": "make demo DEMO=dx",
-        "Another number of steps": "python tools/launch.py experiment=demo_gmm distill.nfe=2 run_dir=outputs/demo/student_nfe2",
-        "These metrics for one folder of samples": f"python tools/evaluate.py samples={samples} reference={reference} "
+def next_steps(samples: Path, reference: Path, dataset: Path, teacher: Path, another: str | None) -> dict[str, str]:
+    """What to try -> command. another: that which makes another kind of student."""
+    python, student = program("python"), teacher.with_name("student_nfe2")
+    steps = {"Another kind of student (dx, datafree or gmm)": another} if another else {}
+    return steps | {
+        "Another number of steps": f"{python} tools/launch.py experiment=demo_gmm distill.nfe=2 data.root={dataset} "
+        f"distill.teacher={teacher} run_dir={student}",
+        "These metrics for one folder of samples": f"{python} tools/evaluate.py samples={samples} reference={reference} "
         f"dataset={dataset}",
     }
 

@@ -43,14 +43,14 @@ class ReportConfig:
     """File name without ending."""
     samples: str | None = None
     """Folder of sample folders; default: RUN/samples."""
-    sources: str = "teacher_100,teacher_8,teacher_4,student_4"
+    sources: str = "teacher_100,teacher_8,teacher_4,student_gmm_4"
     """Sample folders to compare, in the order of rows, separated by commas."""
     reference: str = "teacher_100"
     """The source that the others are compared with, image by image."""
     teacher: str | None = None
     """Training folder of the teacher (metrics.jsonl); default: RUN/teacher."""
     student: str | None = None
-    """Training folder of the student (metrics.jsonl, config.yaml); default: RUN/student."""
+    """Training folder of the student (metrics.jsonl, config.yaml); default: RUN/student_gmm."""
     dataset: str | None = None
     """Folder that tools/prepare_data.py wrote; default: RUN/data."""
     cache: str = "outputs/feature_net"
@@ -59,6 +59,8 @@ class ReportConfig:
     """Where the feature network runs: cpu or cuda."""
     mlflow: str | None = None
     """Command that opens the MLflow runs, printed in the report."""
+    another: str | None = None
+    """Command that makes another kind of student, printed in the report."""
 
     @property
     def source_names(self) -> list[str]:
@@ -77,7 +79,7 @@ def build_report(
 ) -> tuple[ReportPaths, list[Evaluation]]:
     """Evaluate every source of a run folder and write the report. Raises EvaluationError naming all that is missing."""
     run = Path(config.run)
-    teacher, student = Path(config.teacher or run / "teacher"), Path(config.student or run / "student")
+    teacher, student = Path(config.teacher or run / "teacher"), Path(config.student or run / "student_gmm")
     samples_root, dataset = Path(config.samples or run / "samples"), Path(config.dataset or run / "data")
     check_complete(config, run, samples_root, teacher, student, dataset)
 
@@ -108,7 +110,7 @@ def build_report(
         "timings": timings,
         "machine": machine(),
         "mlflow": config.mlflow,
-        "next": next_steps(samples_root / config.source_names[-1], reference.path, dataset),
+        "next": next_steps(samples_root / config.source_names[-1], reference.path, dataset, teacher, config.another),
         "net": judge.feature_net,
         "test_images": len(judge.test_prompts),
         "real_images": len(judge.real_features_BD),

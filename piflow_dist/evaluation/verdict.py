@@ -8,7 +8,14 @@ from piflow_dist.evaluation.evaluate import Evaluation
 from piflow_dist.evaluation.metrics import METRICS, NBSP
 
 TITLES = {metric.key: metric for metric in METRICS}
-LEVEL = {"psnr_db": 0.5, "frechet_reference": 0.10, "diversity": 0.02, "prompt_accuracy": 0.01}
+LEVEL = {
+    "psnr_db": 0.5,
+    "psnr_pooled_db": 0.5,
+    "frechet_reference": 0.10,
+    "frechet_real": 0.10,
+    "diversity": 0.02,
+    "prompt_accuracy": 0.01,
+}
 """Differences up to these count as level: dB, share of the larger distance, ratio to the reference, share of images."""
 TRUSTED_SHARE = 0.9
 """A reference whose prompt accuracy is below this share of real images' is called unreliable."""
@@ -88,7 +95,7 @@ def compare(key: str, mine: float, theirs: float) -> str:
         gain = abs(theirs - 1) - abs(mine - 1)
     else:
         gain = (mine - theirs) * (1 if metric.better == "higher" else -1)
-    margin = LEVEL[key] * (max(mine, theirs) if key == "frechet_reference" else 1)
+    margin = LEVEL[key] * (max(mine, theirs) if key.startswith("frechet") else 1)
     if abs(gain) <= margin + 1e-12:
         return "level"
     return "ahead" if gain > 0 else "behind"
@@ -113,7 +120,9 @@ def _reference_itself(reference: Evaluation, real: Evaluation | None) -> str:
 def _comparison(student: Evaluation, teacher: Evaluation) -> str:
     names = {
         "psnr_db": "PSNR",
+        "psnr_pooled_db": "pooled PSNR",
         "frechet_reference": "Frechet distance",
+        "frechet_real": "Frechet distance to real images",
         "diversity": "diversity",
         "prompt_accuracy": "prompt accuracy",
     }

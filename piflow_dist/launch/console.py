@@ -1,14 +1,27 @@
-"""Progress for people: a live bar on a terminal, plain lines with the remaining time elsewhere."""
+"""What people see: progress as a live bar on a terminal, plain lines with the remaining time elsewhere; logs; commands to type."""
 
 import logging
+import shutil
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console()
+
+
+def program(name: str) -> str:
+    """How to type a program of this environment here: its name where that finds it, else its path."""
+    path = Path(sys.executable).with_name(name)
+    if shutil.which(name) == str(path) or not path.exists():
+        return name
+    if not path.is_relative_to(Path.cwd()):
+        return str(path)
+    near = str(path.relative_to(Path.cwd()))
+    return near if "/" in near else f"./{near}"
 
 
 class StepProgress:

@@ -40,9 +40,10 @@ def check_devices(launch: LaunchConfig) -> None:
     if launch.device == "cuda" or (launch.device == "auto" and torch.cuda.is_available()):
         found = torch.cuda.device_count()
         if launch.processes > found:
+            fewer = f"Set launch.processes to at most {found}, or" if found else "Set"
             raise ConfigError(
-                f"launch.processes={launch.processes} but this machine has {found} GPUs. "
-                f"Set launch.processes to at most {found}, or launch.device=cpu."
+                f"launch.processes={launch.processes} with launch.device={launch.device}, but this machine has {found} GPUs. "
+                f"{fewer} launch.device=cpu."
             )
 
 

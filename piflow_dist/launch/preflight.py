@@ -26,11 +26,12 @@ def check_run(config: Config) -> None:
 
 
 def check_writable(folder: Path) -> None:
+    """Leaves nothing behind: the request may yet be refused."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        probe = existing / f".write_test_{os.getpid()}"
+        probe.mkdir()
+        probe.rmdir()
     except OSError as error:
         raise ConfigError(f"run_dir={folder} cannot be written: {error.strerror}. Choose another run_dir.") from error
 

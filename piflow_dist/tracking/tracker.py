@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import Config
+from piflow_dist.launch.console import program
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,11 @@ def tracking_uri(config: Config) -> str:
 
 def ui_command(uri: str) -> str:
     """The command that opens the store in a browser."""
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if not uri.startswith("http") else f"open {uri}"
+    return (
+        f"{program('mlflow')} ui --backend-store-uri {shlex.quote(uri)}"
+        if not uri.startswith("http")
+        else f"open {uri}"
+    )
 
 
 class MetricsFile:

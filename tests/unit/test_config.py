@@ -13,6 +13,7 @@ from piflow_dist.config import (
     read_config,
     save_config,
 )
+from piflow_dist.help import explain_keys, list_choices
 from piflow_dist.sampling.settings import SampleConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
@@ -185,3 +186,24 @@ def test_changed_keys() -> None:
         "distill.teacher": ("teacher", "other"),
         "train.steps": (1000, 7),
     }
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("optim.betas=[2,3]", r"optim.betas=\[2.0, 3.0\] must be two numbers in \[0, 1\)"),
+        ("optim.momentum=5", "optim.momentum=5.0"),
+        ("distill.loss_scale=inf", "distill.loss_scale=inf must be a number greater than zero"),
+        ("policy.mode=polynomial", "policy.mode=polynomial is of DX policies.*Set policy.type=dx"),
+    ],
+)
+def test_values_that_would_train_nothing(option: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(["experiment=demo_gmm", option])
+
+
+def test_help_lists_every_key_with_its_meaning() -> None:
+    said = explain_keys(Config)
+    assert "  distill.guidance.scale=4.0\n" in said and "  run_dir=(needed)\n" in said
+    assert "  checkpoint.every=500\n      Steps between checkpoints" in said
+    assert "  experiment=demo_datafree|" in list_choices(Config)

@@ -1,7 +1,10 @@
 """tools/demo.py: which stages run, which are kept, and how it ends. The tools themselves are replaced."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +13,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import REPO, load_tool
 
+from data_pipeline.settings import parse_settings
 from piflow_dist.cli import run_tool as run_in_this_process
+from piflow_dist.config import ConfigError
+from piflow_dist.evaluation.report import ReportConfig
 from piflow_dist.launch.local import WorkerFailed
 
 SECONDS = 10.0
@@ -241,8 +247,10 @@ def test_exit_codes(demo: Demo, stage_code: int, code: int) -> None:
     assert stop.value.code == code
 
 
-def test_a_tool_is_run_with_its_arguments_and_waited_for_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    tool, ends, started = load_tool("demo"), [KeyboardInterrupt, KeyboardInterrupt, 130], []
+@pytest.mark.parametrize("tool_ends", [130, 0, -15])
+def test_a_tool_is_waited_for_after_ctrl_c_and_the_demo_ends(monkeypatch: pytest.MonkeyPatch, tool_ends: int) -> None:
+    """Also where the tool had just finished, or did not hear the signal."""
+    tool, ends, started = load_tool("demo"), [KeyboardInterrupt, KeyboardInterrupt, tool_ends], []
 
     def wait() -> int:
         end = ends.pop(0)
@@ -250,10 +258,77 @@ def test_a_tool_is_run_with_its_arguments_and_waited_for_after_ctrl_c(monkeypatc
             raise end
         return end
 
-    def popen(command: list[str]) -> SimpleNamespace:
+    def popen(command: list[str], env: dict[str, str]) -> SimpleNamespace:
         started.append(command)
         return SimpleNamespace(wait=wait)
 
     monkeypatch.setattr(tool, "subprocess", SimpleNamespace(Popen=popen))
     assert tool.run_tool_process(["sample.py", "nfe=4"]) == 130
     assert started == [[sys.executable, str(REPO / "tools" / "sample.py"), "nfe=4"]] and not ends
+
+
+TOOL = """
+import sys, time
+from piflow_dist.cli import run_tool
+
+def sleep(arguments):
+    print("ready", flush=True)
+    time.sleep(600)
+
+run_tool(sleep, sys.argv[1:], "")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_a_demo_that_is_killed_takes_its_tool_along(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "sleep.py").write_text(TOOL)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from conftest import load_tool; from pathlib import Path\n"
+        "tool = load_tool('demo'); tool.TOOLS = Path(sys.argv[2]); sys.exit(tool.run_tool_process(['sleep.py']))"
+    )
+    command = [sys.executable, "-c", code, str(REPO / "tests"), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
+        assert demo.stdout.readline() == "ready\n"
+        demo.send_signal(number)
+        # The tool holds the other end: this returns when it is gone, and its 600 seconds are longer than any patience.
+        demo.stdout.read()
+        assert demo.wait() == (-number if number == signal.SIGKILL else 130)
+
+
+def test_two_demos_do_not_work_in_one_folder(demo: Demo, capsys: pytest.CaptureFixture) -> None:
+    refused = []
+
+    def start_another(name: str) -> None:
+        if name == "teacher":
+            with pytest.raises(ConfigError, match=rf"out={demo.out} is in use by process {os.getpid()}"):
+                demo.tool.demo([f"out={demo.out}"])
+            refused.append(name)
+
+    demo.before_running = start_another
+    assert demo.run() == STAGES and refused == ["teacher"]
+    assert demo.run() == []  # and it is free again
+
+
+def test_the_report_command_of_the_docs_is_that_of_the_demo(demo: Demo) -> None:
+    demo.run()
+    given = parse_settings(ReportConfig, demo.stages["report"].arguments[1:])
+    plain = parse_settings(ReportConfig, [f"run={demo.out}"])
+    assert (given.source_names, given.reference, given.name) == (plain.source_names, plain.reference, plain.name)
+    assert Path(given.student) == demo.out / "student_gmm" and plain.student is None
+
+
+@pytest.mark.parametrize(
+    "arguments, want",
+    [
+        ([], "make demo DEMO=datafree"),
+        (["quick=true"], "tools/demo.py variant=datafree quick=true out="),
+    ],
+)
+def test_it_names_commands_for_the_same_folder(
+    demo: Demo, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, arguments: list[str], want: str
+) -> None:
+    if not arguments:
+        monkeypatch.chdir(demo.out.parent)
+        demo.out = Path("outputs/demo")
+    demo.run(*arguments)
+    assert want in capsys.readouterr().out

@@ -175,7 +175,7 @@ def test_real_images_come_from_the_data_set(tmp_path: Path) -> None:
         (["sample=x", "dataset=y"], 2, "Unknown key 'sample'. Keys: samples, dataset, reference, cache, device."),
         (["samples"], 2, "not of the form key=value"),
         (["samples=x"], 2, "dataset=... is needed"),
-        (["samples=nowhere", "dataset=y"], 1, "nowhere is not a folder"),
+        (["samples=nowhere", "dataset=y"], 2, "nowhere is not a folder"),
     ],
 )
 def test_the_tool_explains_bad_requests(

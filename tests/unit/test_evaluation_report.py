@@ -16,12 +16,13 @@ from PIL import Image
 from piflow_dist.evaluation import evaluate as evaluate_module
 from piflow_dist.evaluation import facts, figures
 from piflow_dist.evaluation.evaluate import Evaluation
+from piflow_dist.evaluation.metrics import METRICS
 from piflow_dist.evaluation.report import ReportConfig, ReportPaths, build_report
 from piflow_dist.evaluation.samples import EvaluationError
 from piflow_dist.evaluation.verdict import compare, targets, verdict
 
 Built = tuple[ReportPaths, list[Evaluation]]
-NOISE = {"teacher_100": 0, "teacher_8": 3, "teacher_4": 30, "student_4": 5}
+NOISE = {"teacher_100": 0, "teacher_8": 3, "teacher_4": 30, "student_gmm_4": 5}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(0)
     for name, noise in NOISE.items():
         noisy = (images + noise * torch.randn(images.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
-        kind, steps = name.split("_")
+        kind, steps = name.split("_")[0], name.split("_")[-1]
         write_samples(
             run / "samples" / name,
             noisy,
@@ -43,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             evaluations_per_step=2 if kind == "teacher" else 1,
         )
     write_training(run / "teacher")
-    write_training(run / "student", seed=1)
+    write_training(run / "student_gmm", seed=1)
     (run / "timings.json").write_text('{"data": 12.5, "teacher <b>": 95.2, "student": 130}')
     (run / "data").mkdir()
     (run / "data" / "dataset.json").write_text("{}")
@@ -92,7 +93,7 @@ def test_the_numbers_are_kept_for_machines(built: Built, run: Path) -> None:
     numbers = json.loads(built[0].metrics.read_text())
     assert [row["name"] for row in numbers["rows"]] == ["real", *NOISE]
     assert numbers["rows"][-1]["values"] == built[1][-1].values
-    assert json.loads((run / "samples" / "student_4" / "metrics.json").read_text())["values"] == built[1][-1].values
+    assert json.loads((run / "samples" / "student_gmm_4" / "metrics.json").read_text())["values"] == built[1][-1].values
     assert not [path for path in run.rglob(".*")]
 
 
@@ -102,10 +103,10 @@ def test_missing_pieces_are_all_named(tmp_path: Path) -> None:
     for piece in (
         "timings.json",
         "teacher/metrics.jsonl",
-        "student/config.yaml",
+        "student_gmm/config.yaml",
         "data/dataset.json",
         "samples/teacher_100/meta.json",
-        "samples/student_4/meta.json",
+        "samples/student_gmm_4/meta.json",
     ):
         assert f"{tmp_path}/run/{piece}" in str(error.value)
     with pytest.raises(EvaluationError, match="reference=teacher_50 is not among sources=a,b"):
@@ -117,9 +118,9 @@ def test_missing_pieces_are_all_named(tmp_path: Path) -> None:
     [
         ("timings.json", "[1]", "should hold seconds by stage"),
         ("timings.json", "{", "is not JSON"),
-        ("student/config.yaml", "a: [", "is not yaml"),
-        ("student/config.yaml", "[1, 2]", "holds no settings by name"),
-        ("student/metrics.jsonl", '{"step": 1, "loss": NaN}\n', "Student: imitation hold no finite"),
+        ("student_gmm/config.yaml", "a: [", "is not yaml"),
+        ("student_gmm/config.yaml", "[1, 2]", "holds no settings by name"),
+        ("student_gmm/metrics.jsonl", '{"step": 1, "loss": NaN}\n', "Student: imitation hold no finite"),
     ],
 )
 def test_damaged_pieces_are_named(
@@ -141,15 +142,7 @@ def test_damaged_pieces_are_named(
 def row(name: str, **values: float | None) -> Evaluation:
     kind, steps = name.split("_")
     phrase = f"student at {steps} NFE" if kind == "student" else f"{steps}-step teacher"
-    keys = (
-        "psnr_db",
-        "frechet_reference",
-        "diversity",
-        "prompt_accuracy",
-        "evaluations_per_image",
-        "images_per_second",
-    )
-    found = dict.fromkeys(keys) | values
+    found = dict.fromkeys(metric.key for metric in METRICS) | values
     return Evaluation(name=name, title=name, phrase=phrase, kind=kind, steps=int(steps), count=500, values=found)
 
 

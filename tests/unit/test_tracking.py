@@ -264,6 +264,20 @@ def test_the_store_is_the_option_or_the_variable_or_beside_the_run(
     assert tracking_uri(offline) == f"sqlite:///{tmp_path}/outputs/demo/mlflow.db"  # absolute: four slashes
 
 
-def test_the_command_that_shows_the_runs() -> None:
-    assert ui_command("sqlite:////a/mlflow.db") == "mlflow ui --backend-store-uri sqlite:////a/mlflow.db"
+def test_the_command_that_shows_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It works as printed, with the environment activated or not."""
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "mlflow"):
+        (tmp_path / "bin" / name).touch(mode=0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert ui_command("sqlite:////a/mlflow.db") == "bin/mlflow ui --backend-store-uri sqlite:////a/mlflow.db"
+    monkeypatch.chdir(tmp_path / "bin")
+    assert ui_command("sqlite:////a/mlflow.db").startswith("./mlflow ui")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert ui_command("sqlite:////a/mlflow.db").startswith(f"{tmp_path}/bin/mlflow ui")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert ui_command("sqlite:////a/mlflow.db").startswith("mlflow ui")
     assert ui_command("https://host") == "open https://host"
