@@ -299,7 +299,7 @@ def extrapolate(first: Record, second: Record, steps: float) -> Record:
     def line(a: float, b: float) -> float:
         return a + (b - a) * steps
 
-    out = Record(kept=line(first.kept, second.kept))
+    out = Record(kept=line(first.kept, second.kept), calls=first.calls)
     for phase, peak in first.peaks.items():
         other = second.peaks[phase]
         out.peaks[phase] = Peak(line(peak.total, other.total), line(peak.policy, other.policy))

@@ -37,6 +37,8 @@ class Record:
     flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     messages: dict[tuple[str, str], Messages] = field(default_factory=lambda: defaultdict(Messages))
     """By (phase, all-reduce or all-gather), within the tensor-parallel group."""
+    calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Passes through a network, by phase."""
     kept: float = 0
     """The network's bytes that the forward pass leaves for the backward pass."""
 
@@ -76,6 +78,7 @@ class Tracker(TorchDispatchMode):
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         before, self.phase = self.phase, phase
+        self.record.calls[phase] += 1
         try:
             yield
         finally:
