@@ -95,7 +95,7 @@ class RankBytes:
     kept_whole: int
     """Small parameters that every rank keeps whole, beside their shards."""
     masters: int
-    """fp32 weights of what is trained. 0 where training is in fp32: they are the weights."""
+    """fp32 weights of what is trained: a copy also where training is in fp32."""
     optimizer: int
     ema: int
     gradients: int
@@ -137,12 +137,11 @@ def rank_bytes(config: Config, models: Models, topology: Topology) -> RankBytes:
     others = [p for p in trained.values() if id(p) not in chosen]
     count, matrices_count = shards(list(trained.values())), shards(matrices)
     moments = {"adamw": 8, "muon": 8, "sgd": 4 if config.optim.momentum else 0}[config.optim.type]
-    own_masters = config.train.dtype != "fp32" or parallel.offload_optimizer
     blocks = list(models.trained.transformer_blocks)
     return RankBytes(
         weights=size * shards(everything),
         kept_whole=size * sum(p.numel() for p in everything if p.numel() <= parallel.persistence_threshold) * (dp > 1),
-        masters=4 * count if own_masters else 0,
+        masters=4 * count,
         optimizer=moments * (count - matrices_count) + size * matrices_count,  # Muon's momentum has the messages' dtype
         ema=4 * count,
         gradients=4 * count,
