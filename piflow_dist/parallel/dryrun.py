@@ -219,7 +219,7 @@ def trace_depth(
             text_BLD = torch.empty(images, text_length, dim, device="meta")
             mask_BL = torch.empty(images, text_length, device="meta", dtype=torch.bool)
             empty_LD = torch.empty(1, dim, device="meta")
-            batch = Batch(torch.randn(images, channels, *small), text_BLD, mask_BL, empty_LD)
+            batch = MetaBatch(torch.randn(images, channels, *small), text_BLD, mask_BL, empty_LD)
             match config.objective:
                 case "flow_matching":
                     flow_matching_step(student, batch, config, schedule, 1.0, generator)
@@ -230,6 +230,13 @@ def trace_depth(
                 case unknown:
                     raise ValueError(f"objective={unknown} has no training step.")
     return tracker.record
+
+
+class MetaBatch(Batch):
+    """Images on the CPU, text on the meta device."""
+
+    def without_prompts(self, drop_B: Tensor | None = None) -> Batch:
+        return super().without_prompts(None if drop_B is None else drop_B.to("meta"))
 
 
 def drop_gradient(parameter: nn.Parameter) -> None:
@@ -245,9 +252,10 @@ class TracedStudent:
     def __call__(self, x_BCHW: Tensor, *others: Tensor | None) -> Any:
         with self.tracker.during("student forward"):
             outputs = self.module(*on_meta(x_BCHW, self.latent, others))
-        self.tracker.record.kept = max(self.tracker.record.kept, self.tracker.network)
         small = x_BCHW.shape[-2:]
-        return tree_map(lambda value: Shrink.apply(value, small, self.tracker), outputs)
+        shrunk = tree_map(lambda value: Shrink.apply(value, small, self.tracker), outputs)
+        self.tracker.record.kept = max(self.tracker.record.kept, self.tracker.network)
+        return shrunk
 
     def backward(self, loss: Tensor) -> None:
         with self.tracker.during("backward"):

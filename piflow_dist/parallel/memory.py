@@ -256,8 +256,7 @@ def step_traffic(config: Config, share: RankBytes, record: Record, micro_batches
     """All messages of a step but the few bytes of losses and norms."""
     cluster, tp = config.cluster, config.parallel.tp
     dp = cluster.world_size // tp
-    size, blocks = DTYPES[config.train.dtype].itemsize, config.model.num_layers
-    rows = []
+    size, rows = DTYPES[config.train.dtype].itemsize, []
 
     def over_data_parallel(name: str, count: float, each: float, rounds: int = 1) -> None:
         """each: bytes of the whole, of which a rank has its part before (all-gather) or after (reduce-scatter)."""
@@ -271,9 +270,8 @@ def step_traffic(config: Config, share: RankBytes, record: Record, micro_batches
 
     passes = record.calls
     over_data_parallel("all-gather of weights, student forward", passes["student forward"] * micro_batches, share.student_pass)
-    # A recomputed block is gathered for its forward pass and again for its backward pass.
-    backward = passes["backward"] * micro_batches * (1 + recomputed_share(config))
-    over_data_parallel("all-gather of weights, backward", backward, share.student_pass)
+    # Recomputed blocks stay gathered from their second forward pass to their backward pass.
+    over_data_parallel("all-gather of weights, backward", passes["backward"] * micro_batches, share.student_pass)
     over_data_parallel("all-gather of weights, teacher", passes["teacher"] * micro_batches, share.teacher_pass)
     muon = config.optim.type == "muon"  # DeepSpeed's Muon wants whole gradients
     name = "all-reduce of gradients" if muon else "reduce-scatter of gradients"
@@ -285,7 +283,6 @@ def step_traffic(config: Config, share: RankBytes, record: Record, micro_batches
         name = f"tensor-parallel {kind}, {phase}"
         count = messages.count * micro_batches
         rows.append(Traffic(name, "inside a node", count, messages.bytes * micro_batches, seconds * micro_batches))
-    assert blocks > 0
     return rows
 
 

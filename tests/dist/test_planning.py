@@ -23,6 +23,7 @@ SCENARIOS = {
     "full, one kept whole": ("mode=full", "parallel.persistence_threshold=1024", "policy=dx", "policy.num_nodes=3"),
     "muon": ("mode=full", "optim=muon", "train.dtype=bf16"),
 }
+HELD = ("weights", "kept_whole", "masters", "optimizer", "ema", "gradients")
 WORLDS = {"dp2": (2, 1), "tp2": (2, 2), "dp2 x tp2": (4, 2)}
 """(processes, of these in a tensor-parallel group)"""
 
@@ -44,7 +45,22 @@ def measure_rank(rank: int, world_size: int, tp: int, teacher: Path) -> dict[str
 
         start_groups(tp, timedelta(seconds=600))
     topology = Topology(rank, world_size, rank, torch.device("cpu"), tp)
+    keep_little_gathered()
     return {name: measure(make_config(name, world_size, tp, teacher), topology) for name in scenarios(tp)}
+
+
+def keep_little_gathered() -> None:
+    """DeepSpeed's defaults (50 million elements ahead, what is read again within 1,000 million) would hold all of a tiny model."""
+    from piflow_dist.parallel import zero
+
+    real = zero.deepspeed_config
+
+    def limited(*arguments: Any) -> dict:
+        config = real(*arguments)
+        config["zero_optimization"] |= {"stage3_max_reuse_distance": 1, "stage3_prefetch_bucket_size": 0}
+        return config
+
+    zero.deepspeed_config = limited
 
 
 def measure(config: Config, topology: Any) -> dict[str, int]:
@@ -139,6 +155,8 @@ def test_the_dry_run_holds_what_zero_holds(measured: dict[str, list], teacher: P
             with fake_world(world_size, rank, tp) as topology:
                 planned = vars(rank_bytes(config, build_models(config, topology), topology))
             found = measured[world][rank][name]
-            wanted = {key: value for key, value in found.items() if key in planned}
-            assert {key: planned[key] for key in wanted} == wanted, (world, name, rank)
-            print(world, name, rank, found, planned["student_pass"], planned["teacher_pass"])
+            held = {key: found[key] for key in HELD}
+            assert held == {key: planned[key] for key in HELD}, (world, name, rank)
+            # A pass of a tied model does not read the other head.
+            for phase, most in {"forward": "student_pass", "teacher": "teacher_pass", "backward": "student_pass"}.items():
+                assert 0.92 * planned[most] <= found[phase] <= planned[most] + found["padding"], (name, phase, found)
