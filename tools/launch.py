@@ -5,6 +5,7 @@ from pathlib import Path
 
 from piflow_dist.cli import run_tool
 from piflow_dist.config import load_config, save_config
+from piflow_dist.launch.cluster import show_plan, submit
 from piflow_dist.launch.continuation import describe_continuation, set_aside
 from piflow_dist.launch.local import run_workers
 from piflow_dist.launch.preflight import check_run
@@ -13,12 +14,17 @@ from piflow_dist.tracking.tracker import tracking_uri, ui_command
 
 def launch(overrides: list[str]) -> None:
     config = load_config(overrides)
+    if config.cluster is not None and not config.launch.dry_run:
+        submit(config)
+        return
     check_run(config)
     run_dir = Path(config.run_dir)
     for line in describe_continuation(config):
         print(line)
     if config.launch.dry_run:
         print(f"Everything checked; {config.launch.processes} processes would train in {run_dir}.")
+        if config.cluster is not None:
+            show_plan(config)
         return
     if (previous := set_aside(config)) is not None:
         print(f"checkpoint.resume=false: the earlier training is kept in {previous}.")

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.description import FILE_NAME, load_description
 from data_pipeline.prompts import load_prompt_encoder
-from piflow_dist.config import ClusterConfig, Config, ConfigError, require
+from piflow_dist.config import CONFIG_DIR, ClusterConfig, Config, ConfigError, require
 from piflow_dist.parallel.dryrun import RankBytes, build_models, fake_world, rank_bytes, trace_step
 from piflow_dist.parallel.tracker import Record
 from piflow_dist.parallel.zero import DTYPES
@@ -118,7 +118,11 @@ class Planner:
         checkpoint = share.trained_whole / share.trained_shard * (share.optimizer + 2 * share.ema)
         copies = {"processes": PROCESS, "in host memory": host, "a checkpoint's copy": share.optimizer + 2 * share.ema}
         if cluster.device == "cpu":  # all memory is host memory
-            copies = {"as above": sum(components.values()), "in host memory": host, "a checkpoint's copy": copies["a checkpoint's copy"]}
+            copies = {
+                "as above": sum(components.values()),
+                "in host memory": host,
+                "a checkpoint's copy": copies["a checkpoint's copy"],
+            }
         return Plan(
             config=config,
             share=share,
@@ -159,7 +163,8 @@ class Planner:
         return self.plan(config)
 
     def _cluster(self, config: Config) -> ClusterConfig:
-        require(config.cluster is not None, "A plan needs a cluster. Add +cluster=NAME, a file of configs/cluster/.")
+        names = ", ".join(sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml")))
+        require(config.cluster is not None, f"A plan needs a cluster. Add +cluster=NAME, one of: {names}.")
         return config.cluster
 
     def _share(self, config: Config, rank: int) -> RankBytes:
@@ -208,7 +213,9 @@ def residents(config: Config, share: RankBytes) -> tuple[dict[str, float], float
         "EMA (fp32)": share.ema,
     }
     if config.parallel.offload_optimizer:
-        return on_gpu, sum(state.values()) + share.gradients + share.update / 2  # gradients once more, as the update reads them
+        return on_gpu, sum(
+            state.values()
+        ) + share.gradients + share.update / 2  # gradients once more, as the update reads them
     return on_gpu | state, 0
 
 
@@ -269,7 +276,9 @@ def step_traffic(config: Config, share: RankBytes, record: Record, micro_batches
         rows.append(Traffic(name, link, count, count * each, rounds * count * max(inside, between)))
 
     passes = record.calls
-    over_data_parallel("all-gather of weights, student forward", passes["student forward"] * micro_batches, share.student_pass)
+    over_data_parallel(
+        "all-gather of weights, student forward", passes["student forward"] * micro_batches, share.student_pass
+    )
     # Recomputed blocks stay gathered from their second forward pass to their backward pass.
     over_data_parallel("all-gather of weights, backward", passes["backward"] * micro_batches, share.student_pass)
     over_data_parallel("all-gather of weights, teacher", passes["teacher"] * micro_batches, share.teacher_pass)

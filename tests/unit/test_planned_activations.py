@@ -35,9 +35,20 @@ STUDENT = ("distill.teacher=x",)
 CASES = {
     "gm, tied": (*STUDENT, "mode=tied"),
     "gm, tied, recomputed": (*STUDENT, "mode=tied", "parallel.recompute_every=1"),
-    "gm, tied, bf16, data-free": (*STUDENT, "mode=tied", "train.dtype=bf16", "objective=imitation_datafree", "distill.nfe=2"),
+    "gm, tied, bf16, data-free": (
+        *STUDENT,
+        "mode=tied",
+        "train.dtype=bf16",
+        "objective=imitation_datafree",
+        "distill.nfe=2",
+    ),
     "gm, full, every second recomputed": (*STUDENT, "mode=full", "parallel.recompute_every=2"),
-    "gm, full, mixed, 4 states": (*STUDENT, "mode=full", "distill.num_decay_iters=9", "distill.num_intermediate_states=4"),
+    "gm, full, mixed, 4 states": (
+        *STUDENT,
+        "mode=full",
+        "distill.num_decay_iters=9",
+        "distill.num_intermediate_states=4",
+    ),
     "dx, full, unguided": (*STUDENT, "mode=full", "policy=dx", "distill.guidance.scale=1"),
     "dx, tied, recomputed, one state at a time": (
         *STUDENT,
@@ -147,6 +158,12 @@ def test_planned_activations_are_the_measured_ones(name: str) -> None:
         record = trace_step(config, topology, LATENT, TEXT_LENGTH, 0)
     peak, kept = measured(config)
     planned = max(phase.total for phase in record.peaks.values())
-    print(name, planned / peak, record.kept / kept, {k: round(v.total / 2**20, 1) for k, v in record.peaks.items()}, peak / 2**20)
+    print(
+        name,
+        planned / peak,
+        record.kept / kept,
+        {k: round(v.total / 2**20, 1) for k, v in record.peaks.items()},
+        peak / 2**20,
+    )
     assert planned == pytest.approx(peak, rel=0.1), record.peaks
     assert record.kept == pytest.approx(kept, rel=0.1)
