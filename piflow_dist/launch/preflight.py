@@ -15,14 +15,15 @@ from piflow_dist.models.weights import check_fits
 
 
 def check_run(config: Config) -> None:
-    """Raise ConfigError where the run could not work on this machine."""
+    """Raise ConfigError where the run could not work."""
     check_writable(Path(config.run_dir))
     check_data(config)
     if config.distils:
         check_teacher(config)
     check_continuation(config)
-    check_port(config.launch.port)
-    check_devices(config.launch)
+    if config.cluster is None:  # of a cluster's nodes this machine knows nothing
+        check_port(config.launch.port)
+        check_devices(config.launch)
 
 
 def check_writable(folder: Path) -> None:
