@@ -98,6 +98,7 @@ def run_forked(module: str, arguments: list[str]) -> None:
     """`python -m module *arguments` in a copy of the launcher: its imports stay, its answers to signals do not."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which OpenMP read when the launcher was loaded
     sys.argv = [module, *arguments]
     importlib.import_module(module).main()
 
