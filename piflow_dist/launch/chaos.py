@@ -1,5 +1,6 @@
 """Kill a training at random moments, continue it, and compare it with the same training left in peace."""
 
+import gc
 import os
 import random
 import shutil
@@ -260,15 +261,19 @@ class Chaos:
 
 
 def import_everything() -> None:
-    """What launches and workers import, once for all of them; no thread may run in a process that is forked."""
+    """What launches and workers import and find out, once for all of them. No thread may run in a process that is forked."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
-    import deepspeed  # noqa: F401
+    import deepspeed
     import torch
     import torch.distributed.launcher.api  # noqa: F401
 
     import piflow_dist.train  # noqa: F401
 
     torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__.get("async_io")  # which operators could be built: asks a compiler
+    # DeepSpeed collects garbage at its start: without this, all that was imported is looked through each time.
+    gc.collect()
+    gc.freeze()
 
 
 def read_everything(checkpoint: Path) -> dict:
