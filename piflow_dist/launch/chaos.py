@@ -94,7 +94,9 @@ class ChaosConfig:
         require(self.steps > 2 * self.every, f"steps={self.steps} hold too few saves of every={self.every}.")
         require(0 <= self.launcher_share <= 1, f"launcher_share={self.launcher_share} must lie in [0, 1].")
         for world in (self.processes, *self.worlds):
-            require(world > 0 and 12 % world == 0, f"{world} processes do not share 12 images. Use 1, 2, 3, 4, 6 or 12.")
+            require(
+                world > 0 and 12 % world == 0, f"{world} processes do not share 12 images. Use 1, 2, 3, 4, 6 or 12."
+            )
 
 
 @dataclass

@@ -20,14 +20,21 @@ class RanksFailed(AssertionError):
     """Some ranks failed or did not finish; the message holds what each of them said."""
 
 
-def run_ranks(check: Callable[..., Any], world_size: int, *args: Any, time_limit: float = 120.0) -> list[Any]:
+def run_ranks(
+    check: Callable[..., Any], world_size: int, *args: Any, time_limit: float = 120.0, warm: bool = False
+) -> list[Any]:
     """Run check(rank, *args) in world_size new processes joined to one gloo group; what each rank returned.
 
     `check` must be importable (a function of a module). RANK and its companions are set as torchrun sets them. A rank
     that fails stops the others at once; RanksFailed then holds the traceback of every rank that raised. Nothing of a
     run outlives this call, whatever happens.
+
+    warm: fork the ranks from a server that has done the imports (warm.py), seconds less each. Their memory is then not all
+    their own, and the environment is that of the first such call.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver" if warm else "spawn")
+    if warm:
+        context.set_forkserver_preload(["warm"])
     port = free_port()
     ranks, pipes = [], []
     with one_thread():
