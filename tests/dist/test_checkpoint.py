@@ -66,9 +66,8 @@ def start(rank: int, world_size: int, tp: int = 1) -> Any:
 
 
 def options_for(topology: Any, *more: str) -> tuple[str, ...]:
-    micro = 1 if topology.dp_size == 4 else 2
     parallel = (f"launch.processes={topology.world_size}", f"parallel.tp={topology.tp}")
-    return (*OPTIONS, *parallel, f"train.micro_batch_size={micro}", f"train.steps={STEPS}", *more)
+    return (*OPTIONS, *parallel, "train.micro_batch_size=1", f"train.steps={STEPS}", "checkpoint.keep=10", *more)
 
 
 def advance(run: Any, course: Course, until: int) -> None:
@@ -279,8 +278,7 @@ def test_a_training_that_moves_from_world_to_world_has_the_losses_of_one_that_st
         assert found.keys() == want.keys()
         for name in want:
             assert_close(found[name], want[name], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
-        moved = [name for name in want if not torch.equal(want[name], joined([whole], 1, "shards")[name])]
-        assert bool(moved) == (kind == "ema")  # the average is more than a copy
+    assert any(not np.array_equal(whole.ema[name], whole.shards[name]) for name in whole.ema)  # not just a copy
 
 
 def test_a_checkpoint_of_step_0_gives_the_first_steps_everywhere(worlds: dict[str, list[Outcome]]) -> None:
@@ -297,7 +295,8 @@ def test_every_world_says_where_it_came_from(worlds: dict[str, list[Outcome]], o
     folder = out / "chain" / "checkpoints"
     steps = steps_on_disk(folder)[::-1]
     parents = [read_json(folder / step_name(step) / STATE)["parent"] for step in steps]
-    assert parents == [None, *(str(folder / step_name(step)) for step in steps[:-1])][-len(steps) :]
+    assert steps == [2, 4, 6, 8]
+    assert parents == [None, *(str(folder / step_name(step)) for step in steps[:-1])]
 
 
 @pytest.mark.parametrize("name", EXACT)
