@@ -83,7 +83,7 @@ def test_a_difference_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.mark.parametrize(
     ("request_", "said_"),
-    [("scenarios=[data-tied,data-half]", "datafree-full"), ("processes=5", "12 images"), ("steps=4", "too few saves")],
+    [("scenarios=[data-tied,data-half]", "datafree-full"), ("processes=5", "5 processes do not share 12 images"), ("steps=4", "too few saves"), ("dtype=bf16 worlds=[1]", "bit-continuous")],
 )
 def test_requests_that_cannot_work(refused_by: object, request_: str, said_: str) -> None:
-    assert said_ in refused_by("chaos")(request_)
+    assert said_ in refused_by("chaos")(*request_.split())
