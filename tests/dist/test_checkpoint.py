@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,7 @@ class Outcome:
     failures: dict[str, tuple[int, str]] = field(default_factory=dict)
     """{case: (step, message)}"""
     figures: dict[str, float] = field(default_factory=dict)
+    due: list[bool] = field(default_factory=list)
 
 
 def start(rank: int, world_size: int, tp: int = 1) -> Any:
@@ -121,6 +123,7 @@ def exact_rank(rank: int, data: Path, teacher: Path, out: Path, small_disk: Path
         save_while_training(name, config, topology, outcome)
     config = make_config(options_for(topology, *EXACT["tied-fp32"], "checkpoint.every=1"), data, teacher, out / "broken")
     fail_on_one_rank(config, topology, outcome)
+    outcome.due = ask_the_clocks(topology, out)
     if small_disk is not None:
         options = (*EXACT["tied-fp32"], "checkpoint.every=1", "checkpoint.keep=100", f"train.steps={LAST}")
         fill_the_disk(make_config(options_for(topology, *options), data, teacher, small_disk / "run"), topology, outcome)
@@ -170,6 +173,20 @@ def working_weights(run: Any) -> dict[str, torch.Tensor]:
         torch.bfloat16 if run.config.train.dtype == "bf16" else torch.float32
     }
     return found
+
+
+def ask_the_clocks(topology: Any, out: Path) -> list[bool]:
+    """Whether to save after steps 1 to 4: nothing is due, rank 1's hour is up, rank 0's is, a fourth step."""
+    from piflow_dist.checkpoint.saver import CheckpointSaver
+    from piflow_dist.config import CheckpointConfig
+
+    saver = CheckpointSaver(out / "clocks", topology, CheckpointConfig(every=4, every_minutes=60))
+    due = [saver.at_boundary(1)[0]]
+    for rank in (1, 0):
+        saver.began -= 3601 if topology.rank == rank else 0
+        due.append(saver.at_boundary(2)[0])
+    saver.began = time.monotonic()
+    return [*due, saver.at_boundary(4)[0]]
 
 
 def fail_on_one_rank(config: Any, topology: Any, outcome: Outcome) -> None:
@@ -309,6 +326,11 @@ def test_what_is_saved_is_the_boundary_though_training_went_on(pair: list[Outcom
         for kind in ("shards", "ema"):
             ours, theirs = getattr(found, kind), getattr(want, kind)
             assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_minutes_are_those_of_process_0_and_all_agree(pair: list[Outcome]) -> None:
+    for rank in pair:
+        assert rank.due == [False, False, True, True]
 
 
 def test_the_figures_of_a_save(pair: list[Outcome], out: Path) -> None:
