@@ -6,10 +6,11 @@ students (imitation), on one process or many.
 
 import hashlib
 import logging
+import math
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from data_pipeline.description import load_description
 from data_pipeline.prompts import load_prompt_encoder
 from data_pipeline.stream import LatentStream
 from piflow_dist.checkpoint.reader import load_checkpoint
-from piflow_dist.checkpoint.sharded import find_checkpoint, save_checkpoint
-from piflow_dist.config import Config, config_values, read_config
+from piflow_dist.checkpoint.saver import CheckpointSaver
+from piflow_dist.checkpoint.sharded import find_checkpoint
+from piflow_dist.config import Config, config_values, read_config, require
 from piflow_dist.distill.ema import Ema
 from piflow_dist.distill.objectives import (
     Batch,
@@ -49,6 +51,11 @@ class TrainState:
     """Optimiser steps done, skipped ones included."""
     skipped_in_a_row: int = 0
     skipped_total: int = 0
+    loss_smooth: float | None = None
+    """Average of the losses that forgets within some 1 / LOSS_FORGETS steps."""
+
+
+LOSS_FORGETS = 0.02
 
 
 @dataclass
@@ -66,6 +73,11 @@ class Run:
     state: TrainState
     teacher_fingerprint: str | None
     """Saved with the run, which preflight refuses to continue with another teacher."""
+    saver: CheckpointSaver
+    parent: str | None = None
+    """The checkpoint that this process went on from."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last step; saved with the weights that it gave."""
 
 
 def build_run(config: Config, topology: Topology) -> Run:
@@ -103,6 +115,7 @@ def build_run(config: Config, topology: Topology) -> Run:
         empty_LD=encoder.encode([""])[0].to(topology.device),
         state=TrainState(),
         teacher_fingerprint=open_teacher(config).fingerprint() if config.distils else None,
+        saver=CheckpointSaver(Path(config.run_dir) / "checkpoints", topology, config.checkpoint),
     )
 
 
@@ -188,15 +201,16 @@ def guard_not_finite(run: Run, loss: float, result: StepResult) -> None:
 def resume(run: Run) -> None:
     """Continue from the newest complete checkpoint of the run folder, if there is one.
 
-    The launcher has set checkpoints aside that are not to be continued: a process that is started again must not start afresh.
+    The launcher has set checkpoints aside that are not to be continued (checkpoint.resume): a process that is started again must
+    neither start afresh nor go back once more. Nothing random has to be restored: noise, dropout and the order of samples
+    are functions of the seed, the step and the place in the global batch.
     """
-    folder = Path(run.config.run_dir) / "checkpoints"
-    path, problems = find_checkpoint(folder, run.topology)
+    folder, place = run.saver.folder, run.topology
+    path, problems = find_checkpoint(folder, place)
     for problem in problems:
         log.warning("%s", problem)
     if path is None:
         return
-    place = run.topology
     split_dims = {shard.name: shard.split_dim for shard in run.model.shards}
     loaded = load_checkpoint(path, place.dp_rank, place.dp_size, place.tp_rank, place.tp, split_dims)
     run.model.load(loaded.weights, loaded.optimizer)
@@ -204,28 +218,38 @@ def resume(run: Run) -> None:
         average.copy_(loaded.ema[name])
     run.stream.load_state_dict(loaded.state["data"])
     run.state = TrainState(**loaded.state["train"])
-    if run.topology.is_main:
-        log.info("continuing from %s", path)
+    run.parent, run.metrics = str(path), loaded.state.get("metrics", {})
+    if place.is_main:
+        saved_on = f"dp {loaded.state['dp_size']} x tp {loaded.state['tp']}"
+        log.info("continuing from %s (saved on %s, now dp %d x tp %d)", path, saved_on, place.dp_size, place.tp)
 
 
 def save(run: Run) -> None:
+    """Save the state of this moment and wait until it is on disk."""
+    start_save(run)
+    run.saver.wait()
+
+
+def start_save(run: Run) -> dict[str, float]:
+    """Save the state of this moment beside what follows; the figures of an earlier save that has become complete by it."""
     data = run.stream.description
     state = {
         "config": config_values(run.config),
         "train": vars(run.state),
+        "metrics": {key: value for key, value in run.metrics.items() if math.isfinite(value)},
+        "parent": run.parent,
         "data": run.stream.state_dict(),
         "trained_on": {"codec": dict(data.codec), "prompt_encoder": dict(data.prompt_encoder)},
         "teacher": run.teacher_fingerprint,
+        "base": run.config.distill.teacher if run.config.mode == "tied" else None,
         "torch": torch.__version__,
     }
-    folder = Path(run.config.run_dir) / "checkpoints"
-    keep = run.config.checkpoint.keep
-    save_checkpoint(folder, run.state.step, run.model, run.ema.averages, state, run.topology, keep)
+    return run.saver.start(run.state.step, run.model, run.ema.averages, state)
 
 
 def train(run: Run, tracker: Tracker | None) -> None:
-    """The loop. Every step is recorded; checkpoints every checkpoint.every steps and at the end."""
-    config, state = run.config, run.state
+    """The loop. Every step is recorded; checkpoints when they are due (checkpoint.every, .every_minutes) and at the end."""
+    config, state, figures = run.config, run.state, {}
     title = Path(config.run_dir).name
     with StepProgress(title, config.train.steps, state.step, config.tracking.log_every * 5) as progress:
         while state.step < config.train.steps:
@@ -235,18 +259,35 @@ def train(run: Run, tracker: Tracker | None) -> None:
             guard_not_finite(run, loss.item(), result)
             if result.applied:
                 run.ema.update(run.model.masters, state.step)
+                smooth = loss.item() if state.loss_smooth is None else state.loss_smooth
+                state.loss_smooth = smooth + LOSS_FORGETS * (loss.item() - smooth)
+            run.metrics = step_values(run, loss.item(), result, time.perf_counter() - began)
+            check_best_metric(run)
+            save_is_due, settled = run.saver.at_boundary(state.step)
             if tracker is not None:
-                values = step_values(run, loss.item(), result, time.perf_counter() - began)
-                tracker.log(state.step, values)
-                progress.update(state.step, f"loss {values['loss']:.4f}  {values['seconds']:.3f} s/step")
-            if state.step % config.checkpoint.every == 0 or state.step == config.train.steps:
-                save(run)
+                tracker.log(state.step, run.metrics | figures | settled)
+                seconds = run.metrics["seconds"]
+                progress.update(state.step, f"loss {loss.item():.4f}  {seconds:.3f} s/step")
+            figures = {}
+            if save_is_due or state.step == config.train.steps:
+                figures = start_save(run)
+        run.saver.wait()
+
+
+def check_best_metric(run: Run) -> None:
+    """At the first step of a process, when it is known what there is."""
+    name = run.config.checkpoint.best_metric
+    require(
+        name in run.metrics or not run.config.checkpoint.keep_best,
+        f"checkpoint.best_metric={name} is not logged by this run. Choose one of: {', '.join(sorted(run.metrics))}.",
+    )
 
 
 def step_values(run: Run, loss: float, result: StepResult, seconds: float) -> dict[str, float]:
     config, step = run.config, run.state.step
     values = {
         "loss": loss,
+        "loss_smooth": loss if run.state.loss_smooth is None else run.state.loss_smooth,
         "grad_norm": result.grad_norm,
         "lr": config.optim.lr * lr_scale(step - 1, config),
         "ema_decay": run.ema.decay(step),
@@ -274,6 +315,7 @@ def main() -> None:
         train(run, tracker)
         status = "FINISHED"
     finally:
+        run.saver.close(config.launch.timeout_seconds)
         if tracker is not None:
             tracker.close(status)
     dist.destroy_process_group()
