@@ -53,7 +53,7 @@ def apply_linear(layer: nn.Module, x: Tensor, adapted: bool) -> Tensor:
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Put adapters on the linear layers whose names match config.targets (regular expressions); freeze everything else.
 
-    Layers that nothing reads get none. Raises ConfigError for a target that matches nothing.
+    Layers that nothing reads get none. Raises ConfigError for a target that matches nothing, or layers that are trained in full.
     """
     model.requires_grad_(False)
     for target in config.targets:
@@ -64,6 +64,12 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
             raise ConfigError(
                 f"lora.targets: {target!r} matches no linear layer of the model. {detail}"
                 r"Names look like transformer_blocks\.0\.img_mlp\.net\.2."
+            )
+        whole = [name for name in layers if not name.startswith(model.adaptable)]
+        if whole:
+            raise ConfigError(
+                f"lora.targets: {target!r} matches {whole[0]}, which is trained in full or belongs to the teacher. "
+                f"Name layers that begin with {', '.join(model.adaptable)}."
             )
         for name in layers:
             if f"{name}.weight" not in model.unread:

@@ -103,23 +103,29 @@ class JointAttention(nn.Module):
             setattr(self, name, nn.RMSNorm(head_width, eps=EPS))
 
     def forward(
-        self, image_BTD: Tensor, text_BLD: Tensor, mask_B11S: Tensor | None, rotary: tuple[Tensor, Tensor]
+        self,
+        image_BTD: Tensor,
+        text_BLD: Tensor,
+        mask_B11S: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        adapted: bool,
     ) -> tuple[Tensor, Tensor]:
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, self.head_width))  # under tensor parallelism: this rank's heads
+        def heads(layer: nn.Module, x: Tensor) -> Tensor:
+            # Under tensor parallelism: this rank's heads.
+            return apply_linear(layer, x, adapted).unflatten(-1, (-1, self.head_width))
 
-        q_text, k_text = self.norm_added_q(heads(self.add_q_proj(text_BLD))), heads(self.add_k_proj(text_BLD))
-        q_image, k_image = self.norm_q(heads(self.to_q(image_BTD))), heads(self.to_k(image_BTD))
+        q_text, k_text = self.norm_added_q(heads(self.add_q_proj, text_BLD)), heads(self.add_k_proj, text_BLD)
+        q_image, k_image = self.norm_q(heads(self.to_q, image_BTD)), heads(self.to_k, image_BTD)
         q_BSNE = torch.cat([q_text, q_image], dim=1)
         k_BSNE = torch.cat([self.norm_added_k(k_text), self.norm_k(k_image)], dim=1)
-        v_BSNE = torch.cat([heads(self.add_v_proj(text_BLD)), heads(self.to_v(image_BTD))], dim=1)
+        v_BSNE = torch.cat([heads(self.add_v_proj, text_BLD), heads(self.to_v, image_BTD)], dim=1)
         q_BSNE, k_BSNE = rotate(q_BSNE, rotary), rotate(k_BSNE, rotary)
         out_BNSE = F.scaled_dot_product_attention(
             q_BSNE.transpose(1, 2), k_BSNE.transpose(1, 2), v_BSNE.transpose(1, 2), attn_mask=mask_B11S
         )
         out_BSD = out_BNSE.transpose(1, 2).flatten(2)
         text_out, image_out = out_BSD.split([text_BLD.shape[1], image_BTD.shape[1]], dim=1)
-        return self.to_out[0](image_out), self.to_add_out(text_out)
+        return apply_linear(self.to_out[0], image_out, adapted), apply_linear(self.to_add_out, text_out, adapted)
 
 
 class Mlp(nn.Module):
@@ -156,9 +162,12 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         adapted: bool,
     ) -> tuple[Tensor, Tensor]:
-        image_mod, text_mod = (mod(temb_BD)[:, None].chunk(6, dim=-1) for mod in (self.img_mod, self.txt_mod))
+        image_mod, text_mod = (
+            apply_linear(mod[1], F.silu(temb_BD), adapted)[:, None].chunk(6, dim=-1)
+            for mod in (self.img_mod, self.txt_mod)
+        )
         image_out, text_out = self.attn(
-            modulate(image_BTD, *image_mod[:2]), modulate(text_BLD, *text_mod[:2]), mask_B11S, rotary
+            modulate(image_BTD, *image_mod[:2]), modulate(text_BLD, *text_mod[:2]), mask_B11S, rotary, adapted
         )
         image_BTD = image_BTD + image_mod[2] * image_out
         text_BLD = text_BLD + text_mod[2] * text_out
@@ -189,9 +198,11 @@ class QwenImage(nn.Module):
     sigma is the noise level in [0, 1] (diffusers' timestep / 1000); mask is boolean over the padded text, or None;
     guidance is the scale, for models with guidance_embeds and only for these; adapted switches adapters on (models/lora.py).
     recompute_every: blocks whose activations are computed again for the backward pass instead of kept: every n-th, 0 for none.
+    adaptable: what the names of layers that may have adapters begin with; norm_out and the head are trained in full instead.
     leaf_modules: what a sharding engine should gather as one piece; parallel/tensor.py says how their linears may be split.
     """
 
+    adaptable = ("transformer_blocks.", "time_text_embed.", "img_in", "txt_in")
     leaf_modules = (Block,)
     recompute_every = 0
 
@@ -222,9 +233,9 @@ class QwenImage(nn.Module):
         guidance_B: Tensor | None = None,
         adapted: bool = True,
     ) -> Tensor | dict[str, Tensor]:
-        dtype, (H, W) = self.img_in.weight.dtype, x_BCHW.shape[-2:]
-        image_BTD = self.img_in(pack(x_BCHW.to(dtype)))
-        text_BLD = self.txt_in(self.txt_norm(text_BLD.to(dtype)))
+        dtype, (H, W) = self.txt_norm.weight.dtype, x_BCHW.shape[-2:]
+        image_BTD = apply_linear(self.img_in, pack(x_BCHW.to(dtype)), adapted)
+        text_BLD = apply_linear(self.txt_in, self.txt_norm(text_BLD.to(dtype)), adapted)
         temb_BD = self.time_text_embed(sigma_B, guidance_B, dtype, adapted)
         rotary = rotary_angles(H // PATCH, W // PATCH, text_BLD.shape[1], self.axes, x_BCHW.device)
         mask_B11S = None if mask_BL is None else F.pad(mask_BL, (0, image_BTD.shape[1]), value=True)[:, None, None]

@@ -69,10 +69,10 @@ def outcomes(
 ) -> dict[str, list[dict[str, Course]]]:
     out = tmp_path_factory.mktemp("tensor_parallel")
     ranks = {
-        name: run_ranks(train_rank, size, size, tp, tiny_data, teacher_run, out, time_limit=420)
+        name: run_ranks(train_rank, size, size, tp, tiny_data, teacher_run, out, time_limit=900)
         for name, (size, tp) in WORLDS.items()
     }
-    ranks["one again"] = run_ranks(resume_rank, 1, 1, tiny_data, teacher_run, out, time_limit=420)
+    ranks["one again"] = run_ranks(resume_rank, 1, 1, tiny_data, teacher_run, out, time_limit=900)
     return ranks
 
 

@@ -141,7 +141,7 @@ def cut_for_eight() -> None:
 def outcomes(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Course]]]:
     out = tmp_path_factory.mktemp("four")
     teacher = write_diffusers_teacher(out / "teacher", **SHAPE)
-    return {size: run_ranks(train_rank, size, size, tiny_data, teacher, out, time_limit=420) for size in (1, 4)}
+    return {size: run_ranks(train_rank, size, size, tiny_data, teacher, out, time_limit=900) for size in (1, 4)}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

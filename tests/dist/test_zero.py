@@ -282,7 +282,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(tiny_data: Path, teacher_run: Path, out: Path) -> dict[int, list[Outcome]]:
     """{number of processes: outcome of each}."""
-    return {size: run_ranks(train_rank, size, size, tiny_data, teacher_run, out, time_limit=420) for size in (2, 1)}
+    return {size: run_ranks(train_rank, size, size, tiny_data, teacher_run, out, time_limit=900) for size in (2, 1)}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -335,14 +335,15 @@ def test_clipping_binds(outcomes: dict[int, list[Outcome]]) -> None:
 
 
 def test_bf16_rounds_the_working_weights_alone(outcomes: dict[int, list[Outcome]]) -> None:
-    """Masters and their average are fp32; the losses are those of fp32 to a few per cent, also on two processes."""
-    want = outcomes[1][0].trained["tied-recomputed"]
+    """Masters and their average are fp32; losses are near those of fp32, and nearer to one another on one process and two."""
+    want, (one,) = outcomes[1][0].trained["tied-recomputed"], [outcome.trained[ROUNDED] for outcome in outcomes[1]]
     for course in (outcome.trained[ROUNDED] for ranks in outcomes.values() for outcome in ranks):
         assert course.dtypes == {"masters": {"torch.float32"}, "ema": {"torch.float32"}, "working": {"torch.bfloat16"}}
-        assert_close(course.losses, want.losses, rtol=0.05, atol=0)
-        assert_close(course.norms, want.norms, rtol=0.1, atol=0)
+        assert_close(course.losses, want.losses, rtol=0.1, atol=0)
+        assert_close(course.losses, one.losses, rtol=0.02, atol=0)
+        assert_close(course.norms, one.norms, rtol=0.05, atol=0)
         assert all(course.applied)
-    assert outcomes[1][0].trained[ROUNDED].losses != want.losses
+    assert one.losses != want.losses
 
 
 def test_an_offloaded_optimizer_takes_the_same_steps(outcomes: dict[int, list[Outcome]]) -> None:
@@ -409,7 +410,7 @@ def test_a_tied_checkpoint_is_read_on_the_base_that_it_was_trained_on(
     teacher = load_model(base, read_run_config(base)).eval()
     inputs = torch.randn(2, 16, 4, 4), torch.tensor([0.9, 0.4]), torch.randn(2, 3, 64), torch.ones(2, 3).bool()
     want_BCHW = teacher(*inputs)
-    assert torch.equal(student(*inputs, adapted=False), want_BCHW)
+    assert_close(student(*inputs, adapted=False), want_BCHW, rtol=0, atol=1e-6)
     off_BKCHW = student(*inputs)["means"] - want_BCHW[:, None]
     assert off_BKCHW.abs().max() > 0.1  # bias noise alone is 0.05
 

@@ -105,9 +105,10 @@ def test_adapters_are_the_published_formula() -> None:
         (r"blocks\.\d+\.mlp", "matches no linear layer of the model"),
         (r"transformer_blocks\.\d+\.img_mlp", "It matches transformer_blocks.0.img_mlp, which is no linear layer"),
         (r"transformer_blocks\.\d+\.attn\.to_q", "or has an adapter"),
+        (r"norm_out\.linear", "matches norm_out.linear, which is trained in full"),
     ],
 )
-def test_targets_that_match_nothing(target: str, said: str, teacher: Path) -> None:
+def test_targets_that_cannot_be_adapted(target: str, said: str, teacher: Path) -> None:
     config = LoraConfig(targets=[r"transformer_blocks\.\d+\.attn\.to_q", target])
     with pytest.raises(ConfigError) as error:
         add_adapters(plan_model(tied_config(teacher).model), config)
