@@ -41,8 +41,8 @@ class Meter:
     Off, it costs nothing; on, it waits for the device at every border, so a step takes longer than it does alone.
     """
 
-    def __init__(self, device: torch.device):
-        self.device, self.memory, self.on = device, Memory(device), False
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+        self.device, self.clock, self.memory, self.on = device, clock, Memory(device), False
         self.clear()
 
     def clear(self) -> None:
@@ -73,13 +73,13 @@ class Meter:
 
     def _border(self) -> None:
         synchronize(self.device)
-        now = time.perf_counter()
+        now = self.clock()
         if self.open:
             name = self.open[-1]
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self.since
             self.peak[name] = max(self.peak.get(name, 0), self.memory.peak)
         self.memory.reset()
-        self.since = time.perf_counter()
+        self.since = self.clock()
 
 
 def synchronize(device: torch.device) -> None:
@@ -87,12 +87,12 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def timed(device: torch.device, run: Callable[[], object]) -> float:
+def timed(device: torch.device, run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     run()
     synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 @contextmanager
@@ -112,13 +112,18 @@ def messages(device: torch.device) -> Iterator[dict[str, tuple[int, float]]]:
             found[name] = count + 1, seconds + microseconds / 1e6
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 20) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float], repeats: int = 20) -> float:
     """FLOP/s of a square matrix product that fills the device: what the model's rate is a share of."""
     size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    run = lambda: [a @ b for _ in range(repeats)]  # noqa: E731
-    timed(device, run)
-    return 2 * size**3 * repeats / min(timed(device, run) for _ in range(3))
+    out = torch.empty_like(a)
+
+    def run() -> None:
+        for _ in range(repeats):
+            torch.mm(a, b, out=out)
+
+    run()
+    return 2 * size**3 * repeats / min(timed(device, run, clock) for _ in range(3))
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,11 @@ class PlainStep:
             self.model.float().requires_grad_(True)
         self.teacher_output = self.teacher.norm_out, self.teacher.proj_out
         self.student_output = self.own_norm(), nn.Identity()
+        self.model.norm_out, self.model.proj_out = self.student_output
+        # What nothing reads cannot be trained.
+        last = self.model.transformer_blocks[-1]
+        for unread in (last.txt_mlp, last.attn.to_add_out):
+            unread.requires_grad_(False)
         self.model.time_text_embed.register_forward_hook(self.keep_embedding)
         if config.parallel.recompute_every:
             self.model.enable_gradient_checkpointing()
@@ -129,9 +134,6 @@ class PlainStep:
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        # What nothing reads cannot be trained.
-        last = f"transformer_blocks.{self.config.model.num_layers - 1}.txt_mlp"
-        self.model.get_submodule(last).requires_grad_(False)
 
     def own_norm(self) -> nn.Module:
         import copy

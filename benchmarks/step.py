@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,8 @@ class BenchConfig:
     """Steps of each kind that are timed, after one that is not."""
     plain: bool = True
     """Run the plain step too. Every process holds a whole model then."""
+    cpu_seconds: bool = False
+    """Count what this process computes instead of what the clock says: for one process on a CPU that others use too."""
     largest_batch: bool = False
     """Look for the largest batch of one process that fits."""
     memory_gib: float = 0.0
@@ -90,6 +93,10 @@ class StepBenchmark(Config):
         if self.bench.plain:
             require(self.optim.type != "muon", "optim.type=muon is not in the plain step. Set bench.plain=false.")
             require(not self.model.guidance_embeds, "diffusers' model has no guidance input. Set bench.plain=false.")
+        require(
+            not self.bench.cpu_seconds or (self.launch.processes == 1 and self.launch.device == "cpu"),
+            "bench.cpu_seconds=true leaves out what a process waits for. Use launch.processes=1 and launch.device=cpu.",
+        )
         require(
             not self.bench.largest_batch or self.launch.processes == 1,
             f"bench.largest_batch=true with launch.processes={self.launch.processes}: a process that runs out of memory "
@@ -254,7 +261,8 @@ def in_parts(meter: Meter, step: Callable[[], float]) -> tuple[dict[str, float],
 
 def measure(config: StepBenchmark, topology: Topology) -> None:
     device, world = topology.device, topology.world_size
-    meter = Meter(device)
+    clock = time.process_time if config.bench.cpu_seconds else time.perf_counter
+    meter = Meter(device, clock)
     say = print if topology.is_main else lambda *_: None
     memory = Memory(device)
     ours = OurStep(config, topology, meter)
@@ -272,9 +280,9 @@ def measure(config: StepBenchmark, topology: Topology) -> None:
         plain_first = plain.step()
         plain_seconds, _ = in_parts(meter, plain.step)
     for _ in range(config.bench.steps):
-        times["ours"].append(timed(device, ours.step))
+        times["ours"].append(timed(device, ours.step, clock))
         if plain is not None:
-            times["plain"].append(timed(device, plain.step))
+            times["plain"].append(timed(device, plain.step, clock))
     flops = flops_of_parts(config)
     whole = min(times["ours"])
     say(f"\n{'part':18}{'seconds':>9}{'peak GiB':>10}{'GFLOP/s':>10}" + (f"{'plain':>10}" if plain else ""))
@@ -283,7 +291,7 @@ def measure(config: StepBenchmark, topology: Topology) -> None:
         other = f"{plain_seconds[part]:10.3f}" if part in plain_seconds else ""
         say(f"{part:18}{seconds[part]:9.3f}{peaks[part] / GIB:10.2f}{rate}{other}")
     say(f"{'(messages)':18}{sum(s for _, s in sent.values()):9.3f}  inside of these, waiting included: {listed(sent)}")
-    rate, peak_rate = sum(flops.values()) / world / whole, matmul_rate(device, DTYPES[config.train.dtype])
+    rate, peak_rate = sum(flops.values()) / world / whole, matmul_rate(device, DTYPES[config.train.dtype], clock)
     images = config.train.batch_size / whole
     tokens = (config.bench.size // PIXELS // PATCH) ** 2 + config.bench.text_length
     say(

@@ -168,15 +168,15 @@ class Block(nn.Module):
         image_out, text_out = self.attn(
             modulate(image_BTD, *image_mod[:2]), modulate(text_BLD, *text_mod[:2]), mask_B11S, rotary_SE, adapted
         )
-        image_BTD = image_BTD + image_mod[2] * image_out
-        text_BLD = text_BLD + text_mod[2] * text_out
-        image_BTD = image_BTD + image_mod[5] * self.img_mlp(modulate(image_BTD, *image_mod[3:5]), adapted)
-        text_BLD = text_BLD + text_mod[5] * self.txt_mlp(modulate(text_BLD, *text_mod[3:5]), adapted)
-        return image_BTD, text_BLD
+        image_BTD = torch.addcmul(image_BTD, image_mod[2], image_out)
+        text_BLD = torch.addcmul(text_BLD, text_mod[2], text_out)
+        image_out = self.img_mlp(modulate(image_BTD, *image_mod[3:5]), adapted)
+        text_out = self.txt_mlp(modulate(text_BLD, *text_mod[3:5]), adapted)
+        return torch.addcmul(image_BTD, image_mod[5], image_out), torch.addcmul(text_BLD, text_mod[5], text_out)
 
 
 def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    return F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=EPS) * (1 + scale_B1D) + shift_B1D
+    return torch.addcmul(shift_B1D, F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=EPS), 1 + scale_B1D)
 
 
 class FinalNorm(nn.Module):

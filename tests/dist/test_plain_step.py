@@ -4,6 +4,8 @@ diffusers' transformer, peft's adapters, torch's optimisers, the policy's textbo
 """
 
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -39,14 +41,23 @@ SCENARIOS = {
 }  # fmt: skip
 
 
-def train_both(rank: int) -> dict[str, tuple[list[float], list[float]]]:
-    """{scenario: (our losses, the plain losses)}."""
+@dataclass
+class Both:
+    """What the two trainings did. moved, off: largest change of each parameter in the plain one, and ours from it."""
+
+    ours: list[float]
+    plain: list[float]
+    moved: dict[str, float]
+    off: dict[str, float]
+
+
+def train_both(rank: int) -> dict[str, Both]:
     from step import DEFAULTS, OurStep, Plain, StepBenchmark
 
     from piflow_dist.models.lora import InitialAdapters
     from piflow_dist.parallel.topology import Topology
 
-    topology, losses = Topology(0, 1, 0, torch.device("cpu")), {}
+    topology, found = Topology(0, 1, 0, torch.device("cpu")), {}
     for name, options in SCENARIOS.items():
         config = load_config([*DEFAULTS, *COMMON, "run_dir=x", *options], StepBenchmark)
         meter = Meter(topology.device)
@@ -57,8 +68,27 @@ def train_both(rank: int) -> dict[str, tuple[list[float], list[float]]]:
             for key, parameter in plain.plain.model.named_parameters():
                 if ".lora_A." in key:
                     parameter.copy_(adapters.view(key.replace(".default.", ".")))
-        losses[name] = [ours.step() for _ in range(STEPS)], [plain.step() for _ in range(STEPS)]
-    return losses
+        start = {key: p.detach().clone() for key, p in trained(plain.plain).items()}
+        losses = [ours.step() for _ in range(STEPS)], [plain.step() for _ in range(STEPS)]
+        masters = ours.model.named(ours.model.masters)
+        assert masters.keys() == start.keys(), masters.keys() ^ start.keys()
+        moved, off = {}, {}
+        for key, parameter in trained(plain.plain).items():
+            moved[key] = (parameter - start[key]).abs().max().item()
+            off[key] = (parameter.detach().flatten() - masters[key]).abs().max().item()
+        found[name] = Both(*losses, moved, off)
+    return found
+
+
+def trained(plain: Any) -> dict[str, torch.Tensor]:
+    """The plain step's trained parameters, under our names."""
+    places = {"": plain.model, "norm_out.": plain.student_output[0], "head.": plain.head}
+    names = {
+        parameter: (prefix + name).replace(".default.", ".").replace("logstds_", "logstds.")
+        for prefix, module in places.items()
+        for name, parameter in module.named_parameters()
+    }
+    return {names[parameter]: parameter for parameter in plain.parameters}
 
 
 def plain_names(model: torch.nn.Module) -> torch.nn.Module:
@@ -72,16 +102,20 @@ def plain_names(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def losses() -> dict[str, tuple[list[float], list[float]]]:
+def trainings() -> dict[str, Both]:
     return run_ranks(train_both, 1, time_limit=600)[0]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_losses_of_a_plain_training(losses: dict[str, tuple[list[float], list[float]]], name: str) -> None:
-    """The first loss shows forward and policy, the later ones gradients, clipping and updates."""
-    ours, plain = losses[name]
-    assert_close(ours, plain, rtol=2e-4, atol=0)
-    assert abs(ours[-1] / ours[0] - 1) > 0.01  # other noise and moved weights: not one number four times
+def test_trains_like_a_plain_training(trainings: dict[str, Both], name: str) -> None:
+    """The first loss shows forward and policy; gradients, clipping and updates show in the weights."""
+    both = trainings[name]
+    assert_close(both.ours, both.plain, rtol=2e-4, atol=0)
+    for key, moved in both.moved.items():
+        assert both.off[key] < 0.05 * moved + 3e-7, f"{key} moved by {moved:.2e}, and is {both.off[key]:.2e} off"
+    adapters = [moved for key, moved in both.moved.items() if "lora_B" in key]
+    assert min(adapters, default=1) > 2e-6, sorted(adapters)[:3]
+    assert bool(adapters) == name.startswith("tied")
 
 
 @pytest.mark.parametrize("mode", ["tied", "full"])
