@@ -55,13 +55,20 @@ class TextbookPolicy:
         return (x - x_0) / t
 
 
-def textbook_rollout(policy: TextbookPolicy, x: Tensor, tau_start: Tensor, tau_end: Tensor) -> tuple[Tensor, Tensor]:
+def textbook_rollout(
+    policy: TextbookPolicy,
+    x: Tensor,
+    tau_start: Tensor,
+    tau_end: Tensor,
+    schedule: FlowSchedule = SCHEDULE,
+    total: int = TOTAL,
+) -> tuple[Tensor, Tensor]:
     tau, tau_end = tau_start.reshape(-1, 1, 1, 1), tau_end.reshape(-1, 1, 1, 1)
-    count = torch.round((tau - tau_end) * TOTAL).clamp(min=1)
-    step, sigma = (tau - tau_end) / count, SCHEDULE.warp(tau)
+    count = torch.round((tau - tau_end) * total).clamp(min=1)
+    step, sigma = (tau - tau_end) / count, schedule.warp(tau)
     for n in range(int(count.max())):
         tau_next = (tau - step).clamp(min=0)
-        sigma_next = SCHEDULE.warp(tau_next)
+        sigma_next = schedule.warp(tau_next)
         x_next = x + policy.velocity(x, sigma) * (sigma_next - sigma)
         active = count > n
         x, tau = torch.where(active, x_next, x), torch.where(active, tau_next, tau)

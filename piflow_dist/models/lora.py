@@ -9,6 +9,7 @@ import math
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from piflow_dist.config import ConfigError, LoraConfig
@@ -34,15 +35,15 @@ class LoraLinear(nn.Module):
         y = self.base_layer(x)
         if not adapted:
             return y
-        return y + self.scale * self.lora_B(self.join(self.lora_A(self.drop(x))))
+        return y + self.lora_B(self.scale * self.join(self.lora_A(self.drop(x))))  # scaled where it is narrow
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout whose mask does not depend on how the channels are shared out."""
+        if x.shape[-1] == self.in_features:
+            return F.dropout(x, self.dropout, self.training)
         if not self.training or self.dropout == 0:
             return x
-        mask = torch.empty(*x.shape[:-1], self.in_features, dtype=x.dtype, device=x.device)
-        mask.bernoulli_(1 - self.dropout).div_(1 - self.dropout)
-        return x * mask[..., self.in_channels]
+        return x * F.dropout(x.new_ones(*x.shape[:-1], self.in_features), self.dropout)[..., self.in_channels]
 
 
 def apply_linear(layer: nn.Module, x: Tensor, adapted: bool) -> Tensor:
@@ -53,7 +54,7 @@ def apply_linear(layer: nn.Module, x: Tensor, adapted: bool) -> Tensor:
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     """Put adapters on the linear layers whose names match config.targets (regular expressions); freeze everything else.
 
-    Layers that nothing reads get none. Raises ConfigError for a target that matches nothing.
+    Layers that nothing reads get none. Raises ConfigError for a target that matches nothing, or layers that are trained in full.
     """
     model.requires_grad_(False)
     for target in config.targets:
@@ -64,6 +65,12 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
             raise ConfigError(
                 f"lora.targets: {target!r} matches no linear layer of the model. {detail}"
                 r"Names look like transformer_blocks\.0\.img_mlp\.net\.2."
+            )
+        whole = [name for name in layers if not name.startswith(model.adaptable)]
+        if whole:
+            raise ConfigError(
+                f"lora.targets: {target!r} matches {whole[0]}, which is trained in full or belongs to the teacher. "
+                f"Name layers that begin with {', '.join(model.adaptable)}."
             )
         for name in layers:
             if f"{name}.weight" not in model.unread:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from piflow_dist.checkpoint.files import STATE, read_json
 from piflow_dist.checkpoint.reader import CheckpointWeights
 from piflow_dist.checkpoint.runs import resolve_checkpoint
-from piflow_dist.config import Config, ConfigError, ModelConfig
+from piflow_dist.config import Config, ConfigError, ModelConfig, require
 from piflow_dist.models.qwen_image import QwenImage, plan_model, plan_student, plan_tied
 from piflow_dist.models.weights import OverlaidWeights, View, WeightSource, fill
 
@@ -117,13 +118,25 @@ def plan_training(config: Config) -> tuple[QwenImage, WeightSource]:
 def load_model(checkpoint: Path, config: Config, ema: bool = True) -> QwenImage:
     """The model of a run's checkpoint on the CPU in fp32: a teacher or a student, as the run's config says.
 
-    Raises CheckpointError for damaged files and ValueError where the weights are not those of the configured model.
+    Raises CheckpointError for damaged files, ConfigError where a tied student's base is another than it was trained on, and
+    ValueError where the weights are not those of the configured model.
     """
     trained = CheckpointWeights(checkpoint, ema)
     if config.mode == "tied":
+        check_base(checkpoint, config)
         model, start = plan_tied(config.model, config.policy, config.lora, open_teacher(config), config.train.seed)
         fill(model, OverlaidWeights(trained, start))
     else:
         model = plan_model(config.model, config.policy if config.distils else None)
         fill(model, trained)
     return model
+
+
+def check_base(checkpoint: Path, config: Config) -> None:
+    """Adapters mean something on the weights they were trained on alone. Raises ConfigError for others."""
+    found, wanted = open_teacher(config).fingerprint(), read_json(checkpoint / STATE)["teacher"]
+    require(
+        found == wanted,
+        f"distill.teacher={config.distill.teacher} (fingerprint {found[:12]}) is not the base that the adapters of {checkpoint} "
+        f"were trained on ({str(wanted)[:12]}). Put that one back in its place.",
+    )

@@ -72,9 +72,10 @@ def split_layers(model: nn.Module, plan: tuple[Rule, ...], group: dist.ProcessGr
 
 
 def split_layer(model: nn.Module, name: str, split: Split, group: dist.ProcessGroup) -> None:
-    module = model.get_submodule(name)
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    reads_shared = any(isinstance(hook, SharedInput) for hook in parent._forward_pre_hooks.values())
     if isinstance(module, LoraLinear):
-        split_adapter(name, module, split, group)
+        split_adapter(name, module, split, group, reads_shared)
         module, name = module.base_layer, f"{name}.base_layer"
     match split:
         case "shared input":
@@ -82,27 +83,27 @@ def split_layer(model: nn.Module, name: str, split: Split, group: dist.ProcessGr
         case "partial norm":
             model.set_submodule(name, PartialNorm(module, group))
         case "column" | "column, joined":
-            parent = model.get_submodule(name.rpartition(".")[0])
-            reads_shared = any(isinstance(hook, SharedInput) for hook in parent._forward_pre_hooks.values())
             model.set_submodule(name, ColumnLinear(name, module, group, split == "column, joined", reads_shared))
         case "row":
             model.set_submodule(name, RowLinear(name, module, group))
 
 
-def split_adapter(name: str, adapter: LoraLinear, split: Split, group: dist.ProcessGroup) -> None:
-    """B follows the rows of a column layer, A the columns of a row layer; the other one is replicated."""
+def split_adapter(name: str, adapter: LoraLinear, split: Split, group: dist.ProcessGroup, reads_shared: bool) -> None:
+    """B follows the rows of a column layer, A the columns of a row layer; the other one is replicated.
+
+    Both are where the layer's channels are joined: what is added to them is whole, and so is its gradient.
+    """
     if split == "column":
         rows = share(adapter.lora_B.out_features, group, name)
         adapter.lora_B.weight = split_parameter(adapter.lora_B.weight, 0, rows)
-        adapter.join = CopyTo(group)
+        if reads_shared:  # the input's gradient is summed elsewhere: here it must stay a part, and A's must not
+            adapter.lora_A = PartialLinear(adapter.lora_A, group)
+        else:
+            adapter.join = CopyTo(group)
     elif split == "row":
         adapter.in_channels = share(adapter.in_features, group, name)
         adapter.lora_A.weight = split_parameter(adapter.lora_A.weight, 1, adapter.in_channels)
         adapter.join = ReduceFrom(group)
-    else:
-        raise PlanError(
-            f"{name} has an adapter, and the tensor-parallel plan splits it as {split!r}. Adapt other layers."
-        )
 
 
 def split_parameter(whole: nn.Parameter, dim: int, part: slice) -> nn.Parameter:
@@ -220,6 +221,17 @@ class PartialNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = copy_to_tensor_model_parallel_region(self.weight, self.group)
         return F.rms_norm(x, weight.shape, weight, self.eps)
+
+
+class PartialLinear(nn.Module):
+    """A replicated linear layer that each rank reads for its own channels; the weight's gradient is summed over the group."""
+
+    def __init__(self, linear: nn.Linear, group: dist.ProcessGroup):
+        super().__init__()
+        self.weight, self.group = linear.weight, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, copy_to_tensor_model_parallel_region(self.weight, self.group))
 
 
 class SharedInput:

@@ -12,6 +12,7 @@ from data_pipeline.description import load_description
 from piflow_dist.checkpoint.files import MANIFEST
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, LaunchConfig, require, require_positive
+from piflow_dist.models.pretrained import check_base
 
 
 @dataclass(kw_only=True)
@@ -132,6 +133,8 @@ def build_request(config: SampleConfig) -> SampleRequest:
             f"nfe={config.nfe} is below the {run.distill.nfe} evaluations this student was trained for. "
             f"Use {run.distill.nfe} or more.",
         )
+    if run.distils and run.mode == "tied":
+        check_base(checkpoint, run)
     prompts = [prompt for prompt in read_prompts(config, run) for _ in range(config.images_per_prompt)]
     return SampleRequest(config, run, checkpoint, prompts)
 

@@ -85,17 +85,35 @@ def test_matches_diffusers(size, masked):
             assert_close(mine, parameter.grad, rtol=1e-4, atol=2e-5 * scale + 1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_matches_diffusers_in_bfloat16():
+@pytest.mark.parametrize("masked", [False, True])
+def test_matches_diffusers_in_bfloat16(masked):
+    """Outputs and all gradients, each within 3 % of its own norm: one bf16 operation rounds to 0.4 %."""
     ours, theirs = build_pair(torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(2, 16, 8, 8, generator=generator).bfloat16()
+    x = torch.randn(2, 16, 8, 6, generator=generator).bfloat16()
     text = torch.randn(2, 4, 40, generator=generator).bfloat16()
     sigma = torch.tensor([0.25, 0.9])
-    with torch.no_grad():
-        mine = ours(x, sigma, text, None).float()
-        tokens = theirs(
-            hidden_states=pack(x), encoder_hidden_states=text, timestep=sigma, img_shapes=[(1, 4, 4)] * 2,
-            return_dict=False,
-        )[0]  # fmt: skip
-    want = unpack_reference(tokens.float(), 8, 8)
-    assert (mine - want).norm() < 0.02 * want.norm()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]).bool() if masked else None
+    weight = torch.randn(2, 16, 8, 6, generator=generator)
+
+    x_ours, text_ours = x.clone().requires_grad_(), text.clone().requires_grad_()
+    mine = ours(x_ours, sigma, text_ours, mask)
+    (mine.float() * weight).sum().backward()
+    x_theirs, text_theirs = x.clone().requires_grad_(), text.clone().requires_grad_()
+    tokens = theirs(
+        hidden_states=pack(x_theirs), encoder_hidden_states=text_theirs, encoder_hidden_states_mask=mask, timestep=sigma,
+        img_shapes=[(1, 4, 3)] * 2, return_dict=False,
+    )[0]  # fmt: skip
+    want = unpack_reference(tokens, 8, 6)
+    (want.float() * weight).sum().backward()
+
+    assert mine.dtype == torch.bfloat16
+    pairs = {"output": (mine, want), "x": (x_ours.grad, x_theirs.grad), "text": (text_ours.grad, text_theirs.grad)}
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    for name, parameter in theirs.named_parameters():
+        if parameter.grad is not None and parameter.grad.any():
+            pairs[name] = gradients[name.replace("proj_out.", "head.proj_out.")], parameter.grad
+    assert len(pairs) > 80
+    for name, (found, wanted) in pairs.items():
+        off = ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
+        assert off < 0.03, f"{name}: off by {off:.1%}"

@@ -148,6 +148,16 @@ def test_values_that_cannot_work(override: str, said: str) -> None:
         (("data.caption_dropout=0.1",), "data.caption_dropout=0"),
         (("distill.nfe=30", "distill.window_substeps=3"), "smaller window"),
         (("optim.type=muon", "optim.clip=1"), "optim.clip=0"),
+        (("parallel.tp=16", "launch.processes=16"), "parallel.tp=16 does not divide the model's 24 attention heads"),
+        (
+            ("parallel.tp=4", "launch.processes=6"),
+            "launch.processes=6 are not whole tensor-parallel groups of parallel.tp=4",
+        ),
+        (("parallel.tp=2", "launch.processes=2", "optim=muon"), "which parallel.tp=2 splits"),
+        (("optim=muon", "parallel.offload_optimizer=true"), "optim.type=adamw"),
+        (("objective=flow_matching", "mode=tied"), "Set mode=full"),
+        (("lora.targets=[]",), "lora.targets is empty"),
+        (("lora.rank=0",), "lora.rank=0"),
     ],
 )
 def test_combinations_that_cannot_work(overrides: tuple[str, ...], said: str) -> None:
@@ -164,6 +174,8 @@ def test_what_is_possible_stays_possible() -> None:
     assert load_config([*STUDENT, "distill.nfe=1"]).distill.nfe == 1
     assert load_config([*STUDENT, "train.micro_batch_size=16"]).train.accumulation(2) == (2, 16)
     assert load_config([*STUDENT]).train.accumulation(2) == (1, 32)
+    for tp in (1, 2, 4, 8):
+        assert load_config([*STUDENT, f"parallel.tp={tp}", "launch.processes=8"]).parallel.tp == tp
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
