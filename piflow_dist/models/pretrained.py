@@ -30,6 +30,7 @@ class DiffusersWeights:
         except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
             raise ConfigError(f"{folder} cannot be read as a transformer in diffusers' layout: {error}") from error
         self.files = [folder / name for name in files]
+        self.metadata: dict[str, str] = opened[0].metadata() or {}
         self.views = {our_name(key): file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118 (no dict)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -52,8 +53,9 @@ class DiffusersWeights:
 
 
 def our_name(name: str) -> str:
-    """diffusers' output projection is the teacher's head here."""
-    return f"head.{name}" if name.startswith("proj_out.") else name
+    """Output projections, a teacher's and a policy's, are the head here. Adapters may have been written with peft's prefixes."""
+    name = name.removeprefix("transformer.").replace(".default.weight", ".weight")
+    return f"head.{name}" if name.startswith("proj_out") else name
 
 
 UNSUPPORTED = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
@@ -114,12 +116,17 @@ def plan_training(config: Config) -> tuple[QwenImage, WeightSource]:
     return plan_student(config.model, config.policy, teacher, seed)
 
 
+def open_weights(place: Path, ema: bool = True) -> DiffusersWeights | CheckpointWeights:
+    """Of a checkpoint's folder or a folder in diffusers' layout (which has one kind of weights)."""
+    return CheckpointWeights(place, ema) if diffusers_folder(str(place)) is None else DiffusersWeights(place)
+
+
 def load_model(checkpoint: Path, config: Config, ema: bool = True) -> QwenImage:
-    """The model of a run's checkpoint on the CPU in fp32: a teacher or a student, as the run's config says.
+    """The model of a run's checkpoint, or of a folder in diffusers' layout, on the CPU in fp32: a teacher or a student, as config says.
 
     Raises CheckpointError for damaged files and ValueError where the weights are not those of the configured model.
     """
-    trained = CheckpointWeights(checkpoint, ema)
+    trained = open_weights(checkpoint, ema)
     if config.mode == "tied":
         model, start = plan_tied(config.model, config.policy, config.lora, open_teacher(config), config.train.seed)
         fill(model, OverlaidWeights(trained, start))

@@ -240,10 +240,7 @@ class QwenImage(nn.Module):
 
     @property
     def unread(self) -> set[str]:
-        """Parameters that published checkpoints have and no output depends on."""
-        last = f"transformer_blocks.{len(self.transformer_blocks) - 1}."
-        layers = ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-        return {f"{last}{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+        return unread_parameters(len(self.transformer_blocks))
 
     def output(self, adapted: bool) -> tuple[nn.Module, nn.Module]:
         """The final norm and head of a pass."""
@@ -259,6 +256,12 @@ def recomputed(block: Block, image_BTD: Tensor, *others: Any) -> tuple[Tensor, T
     if not image_BTD.requires_grad:
         image_BTD = image_BTD.detach().requires_grad_()
     return checkpoint(block, image_BTD, *others, use_reentrant=True)
+
+
+def unread_parameters(num_layers: int) -> set[str]:
+    """Parameters that published checkpoints have and no output depends on."""
+    layers = ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+    return {f"transformer_blocks.{num_layers - 1}.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
 
 
 class TiedQwenImage(QwenImage):
@@ -305,16 +308,21 @@ def plan_student(
     return plan_model(config, policy), OverlaidWeights(head, without_head(teacher))
 
 
-def plan_tied(
-    config: ModelConfig, policy: PolicyConfig, lora: LoraConfig, teacher: WeightSource, seed: int
-) -> tuple[TiedQwenImage, WeightSource]:
-    """Teacher and student on one trunk, on the meta device, and the weights they start from. All is frozen but the student's own."""
-    head = initial_head(config, policy, teacher, seed)
+def plan_adapters(config: ModelConfig, policy: PolicyConfig, lora: LoraConfig) -> TiedQwenImage:
+    """Teacher and student on one trunk, on the meta device. All is frozen but the student's own."""
     with torch.device("meta"):
         model = TiedQwenImage(config, build_policy_head(config.width, config.latent_channels, policy))
         add_adapters(model, lora)
     model.norm_out.requires_grad_(True)
     model.head.requires_grad_(True)
+    return model
+
+
+def plan_tied(
+    config: ModelConfig, policy: PolicyConfig, lora: LoraConfig, teacher: WeightSource, seed: int
+) -> tuple[TiedQwenImage, WeightSource]:
+    """plan_adapters, and the weights that it starts from."""
+    head, model = initial_head(config, policy, teacher, seed), plan_adapters(config, policy, lora)
     names = {name: base_name(name) for name, _ in model.named_parameters()}
     own = {"head.": "teacher_head.", "norm_out.": "teacher_norm_out."}
     names |= {

@@ -1,5 +1,6 @@
 """Settings of tools/sample.py, and what they mean for a given source."""
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,8 @@ from data_pipeline.description import load_description
 from piflow_dist.checkpoint.files import MANIFEST
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, LaunchConfig, require, require_positive
+from piflow_dist.models.adapters import check_base, open_student, student_config, student_folder, teacher_config
+from piflow_dist.models.pretrained import DiffusersWeights, diffusers_folder, open_teacher
 
 
 @dataclass(kw_only=True)
@@ -19,7 +22,11 @@ class SampleConfig:
     """Images from a teacher's or student's run."""
 
     source: str = MISSING
-    """Run folder, or one of its checkpoint folders."""
+    """Run folder, one of its checkpoint folders, or an exported adapter or transformer (docs/export.md)."""
+    base: str | None = None
+    """Of an adapter, or a tied student whose teacher has moved: the transformer under it."""
+    dataset: str | None = None
+    """Prepared data whose codec, prompt encoder and latent size are used; default: the run's own."""
     out: str = MISSING
     prompts: str | None = None
     """Text file, one prompt a line; default: the distinct prompts of the training data."""
@@ -113,15 +120,20 @@ class SampleRequest:
         settings = asdict(self.config)
         for name in ("out", "overwrite", "launch", "source", "prompts", "images_per_prompt"):
             settings.pop(name)
-        weights = hashlib.sha256((self.checkpoint / MANIFEST).read_bytes()).hexdigest()
+        exported = diffusers_folder(str(self.checkpoint)) is not None
+        manifest = self.checkpoint / MANIFEST
+        weights = (
+            DiffusersWeights(self.checkpoint).fingerprint()
+            if exported
+            else hashlib.sha256(manifest.read_bytes()).hexdigest()
+        )
         prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
         return {**settings, "images": len(self.prompts), "prompts_sha256": prompts, "weights_sha256": weights}
 
 
 def build_request(config: SampleConfig) -> SampleRequest:
     """Resolve source and prompts. Raises ConfigError for what cannot be sampled."""
-    checkpoint = resolve_checkpoint(config.source, "source")
-    run = read_run_config(checkpoint)
+    checkpoint, run = resolve_source(config)
     if config.nfe is not None and run.distils:
         require(
             run.policy.type == "gmflow" or config.nfe == run.distill.nfe,
@@ -134,6 +146,31 @@ def build_request(config: SampleConfig) -> SampleRequest:
         )
     prompts = [prompt for prompt in read_prompts(config, run) for _ in range(config.images_per_prompt)]
     return SampleRequest(config, run, checkpoint, prompts)
+
+
+def resolve_source(config: SampleConfig) -> tuple[Path, Config]:
+    """A checkpoint or an exported folder, and the configuration of the run that it is of, or could be of."""
+    folder = diffusers_folder(config.source)
+    if folder is None:
+        checkpoint = resolve_checkpoint(config.source, "source")
+        run = read_run_config(checkpoint)
+        return checkpoint, dataclasses.replace(
+            run,
+            distill=dataclasses.replace(run.distill, teacher=config.base or run.distill.teacher),
+            data=dataclasses.replace(run.data, root=config.dataset or run.data.root),
+        )
+    require(
+        config.dataset is not None,
+        f"source={config.source} is an exported folder, which knows no data. Give dataset=DIR, prepared data whose codec, prompt "
+        "encoder and latent size are to be used.",
+    )
+    if student_folder(config.source) is None:
+        return folder, teacher_config(folder, config.dataset)
+    student = open_student(folder)
+    run = student_config(student, config.base, config.dataset)
+    if student.lora is not None:
+        check_base(student, open_teacher(run), f"base={config.base}")
+    return folder, run
 
 
 def read_prompts(config: SampleConfig, run: Config) -> list[str]:
