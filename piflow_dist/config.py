@@ -360,6 +360,10 @@ class Config:
     """flow_matching (a teacher), imitation (pi-ID on data) or imitation_datafree (pi-ID from noise)."""
     mode: str = "full"
     """full (every weight is trained, beside a frozen teacher) or tied (adapters and a head on the teacher's own weights)."""
+    init_from: str | None = None
+    """A student to start from, with a fresh optimizer: a run or checkpoint folder, an exported adapter or merged transformer."""
+    init_ema: bool = True
+    """Start from the averaged weights of init_from, or from the raw ones."""
     model: ModelConfig = field(default_factory=ModelConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -406,6 +410,10 @@ class Config:
         require(
             self.distils or self.mode == "full",
             f"mode={self.mode} ties a student to its teacher, but objective={self.objective} trains a teacher. Set mode=full.",
+        )
+        require(
+            self.distils or self.init_from is None,
+            f"init_from={self.init_from} is for students, but objective={self.objective} trains a teacher. Set init_from=null.",
         )
         self.check_parallel()
         if self.distils:

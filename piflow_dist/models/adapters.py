@@ -176,11 +176,12 @@ def student_config(student: ExportedStudent, base: str | None, dataset: str) -> 
 
 def teacher_config(folder: Path, dataset: str) -> Config:
     """The configuration of a run that would have this teacher, which is in diffusers' layout."""
+    recipe = read_json_file(folder / RECIPE) if (folder / RECIPE).is_file() else {}
     return Config(
         run_dir=str(folder),
         objective="flow_matching",
         model=read_diffusers_config(folder),
-        schedule=ScheduleConfig(shift=PUBLISHED_SHIFT),
+        schedule=read_recipe(folder / RECIPE, recipe)[0],
         data=DataConfig(root=dataset),
     )
 

@@ -10,7 +10,7 @@ from piflow_dist.checkpoint.reader import CheckpointWeights
 from piflow_dist.checkpoint.runs import resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, ModelConfig
 from piflow_dist.models.qwen_image import QwenImage, plan_model, plan_student, plan_tied
-from piflow_dist.models.weights import OverlaidWeights, View, WeightSource, fill
+from piflow_dist.models.weights import OverlaidWeights, View, WeightSource, check_trained, fill
 
 INDEX, SINGLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
@@ -108,12 +108,17 @@ def open_teacher(config: Config) -> DiffusersWeights | CheckpointWeights:
     return CheckpointWeights(resolve_checkpoint(config.distill.teacher, "distill.teacher"), ema=True)
 
 
-def plan_training(config: Config) -> tuple[QwenImage, WeightSource]:
-    """The model that a distillation trains, on the meta device, and the weights it starts from."""
+def plan_training(config: Config, initial: WeightSource | None = None) -> tuple[QwenImage, WeightSource]:
+    """The model that a distillation trains, on the meta device, and the weights it starts from: the teacher's, or `initial` over them."""
     teacher, seed = open_teacher(config), config.train.seed
     if config.mode == "tied":
-        return plan_tied(config.model, config.policy, config.lora, teacher, seed)
-    return plan_student(config.model, config.policy, teacher, seed)
+        model, start = plan_tied(config.model, config.policy, config.lora, teacher, seed)
+    else:
+        model, start = plan_student(config.model, config.policy, teacher, seed)
+    if initial is not None:
+        check_trained(model, initial)
+        start = OverlaidWeights(initial, start)
+    return model, start
 
 
 def open_weights(place: Path, ema: bool = True) -> DiffusersWeights | CheckpointWeights:

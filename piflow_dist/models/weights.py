@@ -94,6 +94,15 @@ def check_fits(model: nn.Module, source: WeightSource) -> None:
         raise ValueError(f"{source.origin} does not fit the model: {problems}.")
 
 
+def check_trained(model: nn.Module, source: WeightSource) -> None:
+    """Raise ValueError where the source does not hold exactly what `model` trains. Weights that nothing reads may be there."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {name: shape for name, shape in source.shapes().items() if name not in model.unread}
+    problems = misfits(wanted, found)
+    if problems:
+        raise ValueError(f"{source.origin} does not hold what this run trains: {problems}.")
+
+
 def misfits(
     wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], optional: Collection[str] = ()
 ) -> str:
