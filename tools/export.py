@@ -9,23 +9,13 @@ import sys
 from data_pipeline.settings import list_settings
 from piflow_dist.checkpoint.export import ExportConfig, export
 from piflow_dist.cli import parse_options, run_tool
-from piflow_dist.launch.console import StepProgress
+from piflow_dist.launch.console import progress_of
 
 
 def run_export(arguments: list[str]) -> None:
     options = parse_options(ExportConfig, arguments)
-    bars: list[StepProgress] = []
-
-    def progress(done: int, total: int) -> None:
-        if not bars:
-            bars.append(StepProgress("tensors", total, every=max(1, total // 4)).__enter__())
-        bars[0].update(done)
-
-    try:
+    with progress_of("tensors") as progress:
         done = export(options, progress)
-    finally:
-        for bar in bars:
-            bar.__exit__()
     if not done.base_known:
         print("The base could not be opened (base=PATH): the folder does not say which one the adapter belongs to.")
     weights = "averaged" if options.ema else "raw"
@@ -35,5 +25,7 @@ def run_export(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    defaults = f"Options and their defaults (piflow_dist/checkpoint/export.py explains them):\n{list_settings(ExportConfig)}"
+    defaults = (
+        f"Options and their defaults (piflow_dist/checkpoint/export.py explains them):\n{list_settings(ExportConfig)}"
+    )
     run_tool(run_export, sys.argv[1:], f"{__doc__}\n{defaults}")

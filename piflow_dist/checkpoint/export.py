@@ -6,9 +6,7 @@ Read and written tensor by tensor. The folder appears under its name when it is 
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +14,14 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor
 
-from piflow_dist.checkpoint.files import STATE, CheckpointError, read_json, sync_folder
+from piflow_dist.checkpoint.files import STATE, CheckpointError, read_json
 from piflow_dist.checkpoint.reader import CheckpointWeights
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
-from piflow_dist.checkpoint.streaming import Spec, TensorFile, byte_size
+from piflow_dist.checkpoint.streaming import Spec, TensorFile, byte_size, new_folder
 from piflow_dist.config import Config, ConfigError, config_values, require, require_choice
 from piflow_dist.distill.objectives import base_segment
 from piflow_dist.models.adapters import RECIPE, weights_likeness
-from piflow_dist.models.pretrained import INDEX, SINGLE, DiffusersWeights, open_teacher
+from piflow_dist.models.pretrained import INDEX, SINGLE, open_teacher
 from piflow_dist.models.published import POLICY, model_json, policy_json
 from piflow_dist.models.qwen_image import plan_model
 from piflow_dist.models.weights import WeightSource
@@ -103,10 +101,8 @@ def export(options: ExportConfig, progress: Callable[[int, int], None] = lambda 
     with new_folder(out) as folder:
         total = write_files(folder, entries, dtype, metadata, limit, progress)
         write_json(folder / "config.json", model_json(run.model, run.policy if run.distils else None))
-        write_json(folder / RECIPE, recipe(run, state, checkpoint, options, base))
-    return Exported(
-        out, checkpoint, state["step"], len(entries), total, base is not None or options.format == "merged"
-    )
+        write_json(folder / RECIPE, recipe(run, state, trained, options, base))
+    return Exported(out, checkpoint, state["step"], len(entries), total, base is not None or options.format == "merged")
 
 
 def open_base(run: Config, state: dict, kind: str) -> WeightSource | None:
@@ -116,7 +112,9 @@ def open_base(run: Config, state: dict, kind: str) -> WeightSource | None:
     except ConfigError as error:
         if kind == "adapter":
             return None
-        raise ConfigError(f"The base of this student is needed for format=merged: {error} Where is it now? base=PATH.") from error
+        raise ConfigError(
+            f"The base of this student is needed for format=merged: {error} Where is it now? base=PATH."
+        ) from error
     require(
         base.fingerprint() == state["teacher"],
         f"{run.distill.teacher} (fingerprint {base.fingerprint()[:12]}) is not the teacher that this student was trained on "
@@ -204,14 +202,14 @@ def write_files(
 
 
 def recipe(
-    run: Config, state: dict, checkpoint: Path, options: ExportConfig, base: DiffusersWeights | CheckpointWeights | None
+    run: Config, state: dict, trained: CheckpointWeights, options: ExportConfig, base: WeightSource | None
 ) -> dict:
     """What published loaders do not need: how the student is sampled and what it comes from. No paths of this machine."""
     values = config_values(run)
     content = {
         "step": state["step"],
         "weights": "ema" if options.ema else "raw",
-        "checkpoint": CheckpointWeights(checkpoint, options.ema).fingerprint(),
+        "checkpoint": trained.fingerprint(),
         "objective": run.objective,
         "schedule": values["schedule"],
         "trained_on": state.get("trained_on"),
@@ -231,20 +229,3 @@ def write_json(path: Path, content: dict) -> None:
         file.write(json.dumps(content, indent=2, sort_keys=path.name != RECIPE) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when it is whole; nothing of it is left where that fails."""
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        sync_folder(temporary)
-        require(not final.exists(), f"{final} has appeared meanwhile. Choose another folder; nothing is overwritten.")
-        os.rename(temporary, final)
-        sync_folder(final.parent)
-    except OSError as error:
-        raise CheckpointError(f"{final} could not be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

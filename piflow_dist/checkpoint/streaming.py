@@ -7,11 +7,17 @@ The bytes are those of safetensors.torch.save_file: 8 bytes of header length, a 
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from piflow_dist.checkpoint.files import CheckpointError, sync_folder
+from piflow_dist.config import require
 
 TYPES = {
     "U8": torch.uint8,
@@ -74,3 +80,20 @@ class TensorFile:
             self.close()
         else:
             self.file.close()
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when it is whole; nothing of it is left where that fails."""
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_folder(temporary)
+        require(not final.exists(), f"{final} has appeared meanwhile. Choose another folder; nothing is overwritten.")
+        os.rename(temporary, final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise CheckpointError(f"{final} could not be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

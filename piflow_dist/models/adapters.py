@@ -122,7 +122,9 @@ ADAPTED = re.compile(r"(.+)\.lora_[AB]\.weight")
 def read_lora(folder: Path, shapes: dict[str, tuple[int, ...]]) -> LoraConfig:
     """Rank and layers of an adapter, from its tensors. Published adapters have alpha = rank."""
     layers = sorted({match[1] for name in shapes if (match := ADAPTED.fullmatch(name))})
-    require(bool(layers), f"{folder} holds neither a transformer (no img_in.weight) nor an adapter (no lora_A, lora_B).")
+    require(
+        bool(layers), f"{folder} holds neither a transformer (no img_in.weight) nor an adapter (no lora_A, lora_B)."
+    )
     ranks: dict[int, str] = {}
     for layer in layers:
         for part, dim in (("lora_A", 0), ("lora_B", 1)):
@@ -135,7 +137,9 @@ def read_lora(folder: Path, shapes: dict[str, tuple[int, ...]]) -> LoraConfig:
         "Only one rank for all layers is supported.",
     )
     (rank,) = ranks
-    return LoraConfig(rank=rank, alpha=float(rank), dropout=0.0, targets=["|".join(re.escape(layer) for layer in layers)])
+    return LoraConfig(
+        rank=rank, alpha=float(rank), dropout=0.0, targets=["|".join(re.escape(layer) for layer in layers)]
+    )
 
 
 def check_student(student: ExportedStudent) -> None:
@@ -210,4 +214,3 @@ def check_base(student: ExportedStudent, base: WeightSource, option: str) -> Non
         f"{option} ({base.origin}, likeness {found[:12]}) is not the transformer that {student.folder} was trained on "
         f"({student.base[:12]}). Give that one.",
     )
-

@@ -131,7 +131,9 @@ def read_policy(
     for option, usual in IGNORED.items():
         value = arguments.pop(option, usual)
         require(usual is None or value == usual, f"{where}: {option}={value} is not supported, only {usual}.")
-    return read_gm(path, found, arguments, where) if name == "GMFlow" else read_dx(path, found, arguments, where, shapes)
+    return (
+        read_gm(path, found, arguments, where) if name == "GMFlow" else read_dx(path, found, arguments, where, shapes)
+    )
 
 
 def read_gm(path: Path, found: dict[str, Any], arguments: dict[str, Any], where: str) -> PublishedPolicy:
@@ -147,7 +149,9 @@ def read_gm(path: Path, found: dict[str, Any], arguments: dict[str, Any], where:
         require(given == value, f"{path}: {option}={given} is not supported, only {value}: {reason}.")
     packed = found["in_channels"]
     out = found.get("out_channels") or packed
-    require(out == packed, f"{path}: out_channels={out} differs from in_channels={packed}: another codec or patch size.")
+    require(
+        out == packed, f"{path}: out_channels={out} differs from in_channels={packed}: another codec or patch size."
+    )
     return PublishedPolicy(
         PolicyConfig(
             type="gmflow",
