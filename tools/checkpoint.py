@@ -117,7 +117,7 @@ def list_checkpoints(source: str, contents: bool) -> None:
     for column, side in (("step", "right"), ("written", "left"), ("size", "right"), ("loss", "right")):
         table.add_column(column, justify=side, no_wrap=True)
     table.add_column("processes", no_wrap=True)
-    table.add_column("verified" if contents else "files")
+    table.add_column("verified" if contents else "files", overflow="fold")
     for entry in entries:
         loss = entry.state.get("metrics", {}).get("loss")
         table.add_row(
@@ -143,7 +143,7 @@ def show(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be shown: {entry.problem}")
     table = Table(box=box.SIMPLE, title=escape(str(path)), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     config, contents = state["config"], describe_contents(path, state) if entry.problem is None else None
     rows = {
         "step": f"{entry.step} of {config['train']['steps']}",

@@ -6,6 +6,7 @@ Not needed to resume, which reads any world's checkpoint; it saves every rank of
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -72,7 +73,8 @@ def state_for(source: Path, state: dict[str, Any], dp: int, tp: int) -> dict[str
     )
     dims = {name: layout["split_dim"] for name, layout in state["parameters"].items()}
     if tp > 1 and tp != state["tp"]:
-        from piflow_dist.parallel.tensor import split_dim  # imports Megatron, which takes seconds
+        with warnings.catch_warnings(action="ignore"):  # Megatron's, about packages that it could use
+            from piflow_dist.parallel.tensor import split_dim  # takes seconds to import
 
         dims = {name: split_dim(name) for name in dims}
     elif tp == 1:

@@ -54,6 +54,8 @@ class ExportedStudent:
     distill: DistillConfig
     base: str | None
     """weights_likeness of the base it was trained on, where the folder says it."""
+    trained_on: dict[str, Any]
+    """Codec and prompt encoder of its data, where the folder says it."""
 
 
 def open_student(folder: Path) -> ExportedStudent:
@@ -73,7 +75,17 @@ def open_student(folder: Path) -> ExportedStudent:
     if published.shift is not None:
         schedule, distill = fit_to_dx(folder, schedule, distill, published.segment_size, published.shift)
     lora = None if "img_in.weight" in weights.shapes() else read_lora(folder, weights.shapes())
-    student = ExportedStudent(folder, weights, model, published.policy, lora, schedule, distill, recipe.get("base"))
+    student = ExportedStudent(
+        folder,
+        weights,
+        model,
+        published.policy,
+        lora,
+        schedule,
+        distill,
+        recipe.get("base"),
+        recipe.get("trained_on") or {},
+    )
     check_student(student)
     return student
 

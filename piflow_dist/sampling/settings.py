@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from data_pipeline.description import load_description
+from data_pipeline.description import DatasetDescription, load_description
 from piflow_dist.checkpoint.files import MANIFEST
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, LaunchConfig, require, require_positive
@@ -134,6 +134,7 @@ class SampleRequest:
 def build_request(config: SampleConfig) -> SampleRequest:
     """Resolve source and prompts. Raises ConfigError for what cannot be sampled."""
     checkpoint, run = resolve_source(config)
+    load_dataset(run)
     if config.nfe is not None and run.distils:
         require(
             run.policy.type == "gmflow" or config.nfe == run.distill.nfe,
@@ -170,7 +171,27 @@ def resolve_source(config: SampleConfig) -> tuple[Path, Config]:
     run = student_config(student, config.base, config.dataset)
     if student.lora is not None:
         check_base(student, open_teacher(run), f"base={config.base}")
+    found = load_dataset(run)
+    for option, wanted in student.trained_on.items():
+        require(
+            dict(getattr(found, option)) == wanted,
+            f"dataset={config.dataset} was made with the {option} {dict(getattr(found, option))}, {folder} was trained on {wanted}.",
+        )
     return folder, run
+
+
+def load_dataset(run: Config) -> DatasetDescription:
+    """What is known of the data whose codec and prompts are used. Raises ConfigError where it does not fit the model."""
+    try:
+        found = load_description(run.data.root)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"dataset={run.data.root}: {error}") from error
+    for what, theirs, ours in (
+        ("latents of channels", found.latent_channels, run.model.latent_channels),
+        ("prompt embeddings of width", found.prompt_dim, run.model.joint_attention_dim),
+    ):
+        require(theirs == ours, f"dataset={run.data.root} holds {what} {theirs}, the model wants {ours}.")
+    return found
 
 
 def read_prompts(config: SampleConfig, run: Config) -> list[str]:
