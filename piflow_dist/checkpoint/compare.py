@@ -1,11 +1,13 @@
 """How two checkpoints differ: settings, and every parameter, read one by one."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from piflow_dist.checkpoint.files import STATE, read_json
@@ -63,11 +65,13 @@ def compare(a: Path, b: Path, progress: Callable[[int, int], None] = lambda done
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """|b - a| / |a|; of zeros (fresh adapters) that have changed: infinity."""
+    """|b - a| / |a|; of zeros (fresh adapters) that have changed, and where one is not finite: infinity."""
     change, size = (b - a).double().norm().item(), a.double().norm().item()
-    return change / size if size > 0 else (0.0 if change == 0 else float("inf"))
+    if change == 0 or torch.equal(a, b):
+        return 0.0
+    return change / size if size > 0 and math.isfinite(change) else math.inf
 
 
 def largest(difference: ParameterDifference) -> float:
     values = (difference.weights, difference.ema)
-    return float("inf") if None in values else max(values)
+    return math.inf if None in values else max(values)

@@ -193,7 +193,10 @@ A, B = (f"transformer_blocks.0.img_mlp.net.2.lora_{part}.weight" for part in "AB
         (lambda t: t.pop(B), ("missing", B)),
         (lambda t: t.pop("proj_out_logstds.3.bias"), ("missing: head.proj_out_logstds.3.bias",)),
         (lambda t: t.update({"transformer_blocks.0.img_mlp.net.2.alpha": torch.ones(1)}), ("unknown", "net.2.alpha")),
-        (lambda t: t.update({A.replace(".0.", ".7.", 1): t[A].clone()}), ("transformer_blocks.7.img_mlp.net.2.lora_A",)),
+        (
+            lambda t: t.update({A.replace(".0.", ".7.", 1): t[A].clone()}),
+            ("transformer_blocks.7.img_mlp.net.2.lora_A",),
+        ),
         (lambda t: t.update({A: t[A][:2].clone(), B: t[B][:, :2].clone()}), ("ranks 2", "and 4")),
         (lambda t: t.update({A: t[A][:, :7].clone()}), (f"{A} is (4, 7) instead of (4, 128)",)),
         (lambda t: t.update({"proj_out_means.bias": torch.ones(64)}), ("head.proj_out_means.bias is (64,)",)),
