@@ -172,6 +172,11 @@ class DistillConfig:
     """Evaluate the teacher once on all intermediate states of a segment where they do not depend on its answers."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
+    @property
+    def base_segment(self) -> float:
+        """Length in tau of every segment but the last."""
+        return 1 / (self.nfe - 1 + self.final_step_size_scale)
+
     def __post_init__(self):
         require_positive("distill", self, "nfe", "total_substeps", "num_intermediate_states", "loss_scale")
         require(

@@ -19,7 +19,6 @@ from piflow_dist.checkpoint.reader import CheckpointWeights
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
 from piflow_dist.checkpoint.streaming import Spec, TensorFile, byte_size, new_folder
 from piflow_dist.config import Config, ConfigError, config_values, require, require_choice
-from piflow_dist.distill.objectives import base_segment
 from piflow_dist.models.adapters import RECIPE, weights_likeness
 from piflow_dist.models.pretrained import INDEX, SINGLE, open_teacher
 from piflow_dist.models.published import POLICY, model_json, policy_json
@@ -91,7 +90,7 @@ def export(options: ExportConfig, progress: Callable[[int, int], None] = lambda 
     trained = CheckpointWeights(checkpoint, options.ema)
     metadata = {"format": "pt"}
     if run.distils:
-        metadata[POLICY] = policy_json(run, base_segment(run))
+        metadata[POLICY] = policy_json(run)
     dtype = DTYPES[options.dtype or ("fp32" if options.format == "adapter" else "bf16")]
     base = open_base(run, state, options.format) if run.mode == "tied" else None
     if options.format == "adapter":

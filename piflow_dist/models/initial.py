@@ -8,7 +8,6 @@ from piflow_dist.checkpoint.files import STATE, read_json
 from piflow_dist.checkpoint.reader import CheckpointWeights
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
 from piflow_dist.config import Config, LoraConfig, ModelConfig, PolicyConfig, changed_keys, require
-from piflow_dist.distill.objectives import base_segment
 from piflow_dist.models.adapters import ExportedStudent, check_base, open_student, student_folder
 from piflow_dist.models.pretrained import diffusers_folder, open_teacher
 from piflow_dist.models.weights import ScaledWeights, WeightSource
@@ -55,7 +54,6 @@ def export_origin(config: Config, student: ExportedStudent) -> Origin:
     if student.lora is not None and config.mode == "tied":
         check_base(student, open_teacher(config), f"distill.teacher={config.distill.teacher}")
     lineage = {"source": config.init_from, "fingerprint": student.weights.fingerprint()}
-    segment = base_segment_of(student.distill.nfe, student.distill.final_step_size_scale)
     return Origin(
         "an adapter" if student.lora else "a merged transformer",
         student.weights,
@@ -63,13 +61,9 @@ def export_origin(config: Config, student: ExportedStudent) -> Origin:
         student.policy,
         student.lora,
         student.schedule.shift,
-        segment,
+        student.distill.base_segment,
         lineage,
     )
-
-
-def base_segment_of(nfe: int, final_step_size_scale: float) -> float:
-    return 1 / (nfe - 1 + final_step_size_scale)
 
 
 def run_origin(config: Config) -> Origin:
@@ -102,7 +96,7 @@ def run_origin(config: Config) -> Origin:
     }
     what = f"a checkpoint of mode={theirs.mode}"
     lora = theirs.lora if theirs.mode == "tied" else None
-    shift, segment = theirs.schedule.shift, base_segment(theirs)
+    shift, segment = theirs.schedule.shift, theirs.distill.base_segment
     return Origin(what, weights, theirs.model, theirs.policy, lora, shift, segment, lineage)
 
 
@@ -136,9 +130,9 @@ def check_same(config: Config, origin: Origin) -> None:
         # A DX policy's outputs stand for points in time, which these place.
         if origin.shift != config.schedule.shift:
             different["schedule.shift"] = (config.schedule.shift, origin.shift)
-        if config.policy.mode == "grid" and abs(origin.segment_size - base_segment(config)) > 1e-6:
+        if config.policy.mode == "grid" and abs(origin.segment_size - config.distill.base_segment) > 1e-6:
             different["1/(distill.nfe - 1 + distill.final_step_size_scale)"] = (
-                f"{base_segment(config):g}",
+                f"{config.distill.base_segment:g}",
                 f"{origin.segment_size:g}",
             )
     listed = "; ".join(f"{key} is {theirs} there and {ours} here" for key, (ours, theirs) in different.items())

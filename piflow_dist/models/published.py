@@ -66,7 +66,7 @@ def model_json(model: ModelConfig, policy: PolicyConfig | None) -> dict[str, Any
     }
 
 
-def policy_json(config: Config, segment_size: float) -> str:
+def policy_json(config: Config) -> str:
     """`policy_config` of a run's policy: what the published policy class is called with, and `type`."""
     if config.policy.type == "gmflow":
         return json.dumps({"type": "GMFlow"})
@@ -78,7 +78,7 @@ def policy_json(config: Config, segment_size: float) -> str:
     arguments = {"shift": config.schedule.shift, "type": "DX"}
     if config.policy.mode == "polynomial":  # has no segments; the older published class takes no mode
         return json.dumps({"mode": "polynomial", **arguments})
-    return json.dumps({"segment_size": segment_size, **arguments})
+    return json.dumps({"segment_size": config.distill.base_segment, **arguments})
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
