@@ -28,7 +28,7 @@ class Origin:
     """What is known of the student to start from. lora: of adapters, None where whole weights were trained."""
 
     what: str
-    weights: CheckpointWeights | Any
+    weights: WeightSource
     model: ModelConfig
     policy: PolicyConfig
     lora: LoraConfig | None
