@@ -60,6 +60,17 @@ class ExportedStudent:
 
 def open_student(folder: Path) -> ExportedStudent:
     """Open and check a student's folder. Raises ConfigError naming what is missing, unknown, misshapen or not supported."""
+    try:
+        return read_student(folder)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(
+            f"config.json, policy_config or {RECIPE} of {folder} holds a value of a wrong type: {error}."
+        ) from error
+
+
+def read_student(folder: Path) -> ExportedStudent:
     path = folder / "config.json"
     found = read_json_file(path)
     kind = found.get("_class_name")
@@ -105,7 +116,12 @@ def student_folder(source: str) -> Path | None:
 def read_recipe(path: Path, recipe: dict[str, Any]) -> tuple[ScheduleConfig, DistillConfig]:
     """How a student was trained and is sampled; where the folder does not say it, as published."""
     schedule = {"shift": PUBLISHED_SHIFT, **recipe.get("schedule", {})}
-    distill = {"nfe": PUBLISHED_NFE, "final_step_size_scale": PUBLISHED_LAST, **recipe.get("distill", {})}
+    usual = {
+        "nfe": PUBLISHED_NFE,
+        "final_step_size_scale": PUBLISHED_LAST,
+        "window_substeps": 0,
+    }  # a window is for training
+    distill = {**usual, **recipe.get("distill", {})}
     try:
         return config_from(schedule, ScheduleConfig), config_from(distill, DistillConfig)
     except ConfigError as error:

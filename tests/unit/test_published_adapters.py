@@ -222,6 +222,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change: Callable, wor
         ({"num_gaussians": 4}, ("head.proj_out_means.weight is (192, 32) instead of (256, 32)",)),
         ({"num_layers": 1}, ("transformer_blocks.1.img_mlp.net.2.lora_A.weight",)),
         ({"num_attention_heads": None}, ("does not describe a transformer",)),
+        ({"num_gaussians": "three"}, ("wrong type",)),
+        ({"axes_dims_rope": [4, 6, 8]}, ("axes_dims_rope",)),
     ],
 )
 def test_configurations_that_do_not_fit_are_named(tmp_path: Path, changes: dict, words: tuple[str, ...]) -> None:
@@ -251,6 +253,13 @@ def test_a_segment_of_no_whole_number_of_steps_is_refused(tmp_path: Path) -> Non
     folder = write_adapter(tmp_path / "bad", "DX")
     edit_tensors(folder, lambda tensors: None, {"segment_size": 0.3, "shift": 3.2, "type": "DX"})
     assert "segment_size=0.3" in refused(folder)
+
+
+@pytest.mark.parametrize("value", [0, "a third"])
+def test_values_of_wrong_types_are_refused(tmp_path: Path, value: object) -> None:
+    folder = write_adapter(tmp_path / "bad", "DX")
+    edit_tensors(folder, lambda tensors: None, {"segment_size": value, "shift": 3.2, "type": "DX"})
+    assert "wrong type" in refused(folder)
 
 
 def test_an_adapter_needs_its_base(tmp_path: Path) -> None:
