@@ -3,11 +3,15 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
+from data_pipeline.settings import parse_settings
 from piflow_dist.checkpoint.files import CheckpointError
 from piflow_dist.config import ConfigError
 from piflow_dist.launch.local import WorkerFailed
 from piflow_dist.parallel.topology import LAUNCHER_PID, die_with_parent
+
+Options = TypeVar("Options")
 
 
 def run_tool(tool: Callable[[list[str]], None], arguments: list[str], usage: str) -> None:
@@ -25,6 +29,16 @@ def run_tool(tool: Callable[[list[str]], None], arguments: list[str], usage: str
         fail(f"error: {error}", 1)
     except KeyboardInterrupt:
         fail("Stopped. The same command goes on from what is finished.", 130)
+
+
+def parse_options(options_class: type[Options], arguments: list[str]) -> Options:
+    """key=value arguments -> a checked dataclass. Raises ConfigError."""
+    try:
+        return parse_settings(options_class, arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def fail(message: str, code: int) -> None:

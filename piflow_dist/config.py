@@ -177,6 +177,11 @@ class DistillConfig:
     """Evaluate the teacher once on all intermediate states of a segment where they do not depend on its answers."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
+    @property
+    def base_segment(self) -> float:
+        """Length in tau of every segment but the last."""
+        return 1 / (self.nfe - 1 + self.final_step_size_scale)
+
     def __post_init__(self):
         require_positive("distill", self, "nfe", "total_substeps", "num_intermediate_states", "loss_scale")
         require(
@@ -436,6 +441,10 @@ class Config:
     """flow_matching (a teacher), imitation (pi-ID on data) or imitation_datafree (pi-ID from noise)."""
     mode: str = "full"
     """full (every weight is trained, beside a frozen teacher) or tied (adapters and a head on the teacher's own weights)."""
+    init_from: str | None = None
+    """A student to start from, with a fresh optimizer: a run or checkpoint folder, an exported adapter or merged transformer."""
+    init_ema: bool = True
+    """Start from the averaged weights of init_from, or from the raw ones."""
     model: ModelConfig = field(default_factory=ModelConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -498,6 +507,10 @@ class Config:
         )
         if self.cluster is not None:
             self.launch.processes, self.launch.device = self.cluster.world_size, self.cluster.device
+        require(
+            self.distils or self.init_from is None,
+            f"init_from={self.init_from} is for students, but objective={self.objective} trains a teacher. Set init_from=null.",
+        )
         self.check_parallel()
         if self.distils:
             require(

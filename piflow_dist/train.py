@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from data_pipeline.description import load_description
 from data_pipeline.prompts import load_prompt_encoder
 from data_pipeline.stream import LatentStream
+from piflow_dist.checkpoint.files import CheckpointError, newest_complete
 from piflow_dist.checkpoint.reader import load_checkpoint
 from piflow_dist.checkpoint.saver import CheckpointSaver
 from piflow_dist.checkpoint.sharded import find_checkpoint
@@ -36,6 +38,7 @@ from piflow_dist.distill.objectives import (
 )
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.launch.console import StepProgress, start_logging
+from piflow_dist.models.initial import open_initial
 from piflow_dist.models.pretrained import open_teacher, plan_training
 from piflow_dist.models.qwen_image import build_teacher, plan_model
 from piflow_dist.parallel.topology import Topology, start_process_group
@@ -78,14 +81,19 @@ class Run:
     """The checkpoint that this process went on from."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last step; saved with the weights that it gave."""
+    started_from: dict[str, Any] | None = None
+    """The student that init_from named, for the record; None for one that started from its teacher."""
 
 
 def build_run(config: Config, topology: Topology) -> Run:
     description = load_description(config.data.root)
     encoder = load_prompt_encoder(description.prompt_encoder)
     parallel, dtype = config.parallel, config.train.dtype
+    initial = None
     if config.distils:
-        module, start = plan_training(config)
+        if config.init_from is not None and newest_checkpoint_of(config) is None:
+            initial = open_initial(config)
+        module, start = plan_training(config, None if initial is None else initial.weights)
     else:
         module, start = build_teacher(config.model, config.train.seed), None
     model = TrainedModel(module, start, topology, config.optim, parallel, dtype)
@@ -116,7 +124,13 @@ def build_run(config: Config, topology: Topology) -> Run:
         state=TrainState(),
         teacher_fingerprint=open_teacher(config).fingerprint() if config.distils else None,
         saver=CheckpointSaver(Path(config.run_dir) / "checkpoints", topology, config.checkpoint),
+        started_from=None if initial is None else initial.lineage,
     )
+
+
+def newest_checkpoint_of(config: Config) -> Path | None:
+    """What the run will continue from, judged by file sizes: a source of initial weights may be gone by then."""
+    return newest_complete(Path(config.run_dir) / "checkpoints", contents=False)[0]
 
 
 def seed_from(*parts: int) -> int:
@@ -210,6 +224,10 @@ def resume(run: Run) -> None:
     for problem in problems:
         log.warning("%s", problem)
     if path is None:
+        if run.config.init_from is not None and run.started_from is None:
+            raise CheckpointError(
+                f"No checkpoint under {folder} can be read, though there was one: init_from was not applied. {' '.join(problems)}"
+            )
         return
     split_dims = {shard.name: shard.split_dim for shard in run.model.shards}
     loaded = load_checkpoint(path, place.dp_rank, place.dp_size, place.tp_rank, place.tp, split_dims)
@@ -219,6 +237,7 @@ def resume(run: Run) -> None:
     run.stream.load_state_dict(loaded.state["data"])
     run.state = TrainState(**loaded.state["train"])
     run.parent, run.metrics = str(path), loaded.state.get("metrics", {})
+    run.started_from = loaded.state.get("started_from")
     if place.is_main:
         saved_on = f"dp {loaded.state['dp_size']} x tp {loaded.state['tp']}"
         log.info("continuing from %s (saved on %s, now dp %d x tp %d)", path, saved_on, place.dp_size, place.tp)
@@ -242,6 +261,7 @@ def start_save(run: Run) -> dict[str, float]:
         "trained_on": {"codec": dict(data.codec), "prompt_encoder": dict(data.prompt_encoder)},
         "teacher": run.teacher_fingerprint,
         "base": run.config.distill.teacher if run.config.mode == "tied" else None,
+        "started_from": run.started_from,
         "torch": torch.__version__,
     }
     return run.saver.start(run.state.step, run.model, run.ema.averages, state)

@@ -1,6 +1,7 @@
 """Sample: python tools/sample.py source=RUN out=DIR [prompts=FILE nfe=4 | steps=100 guidance=2] [key=value ...].
 
-The same command makes only the images that are missing.
+source: a run, a checkpoint, or an export with dataset=DIR and, for an adapter, base=TEACHER (docs/export.md). The same
+command makes only the images that are missing.
 """
 
 import sys

@@ -235,7 +235,7 @@ def segment_boundaries(config: Config, schedule: FlowSchedule) -> Tensor:
 
 def base_segment(config: Config) -> float:
     """Length in tau of every segment but the last."""
-    return 1 / (config.distill.nfe - 1 + config.distill.final_step_size_scale)
+    return config.distill.base_segment
 
 
 def add_noise(x0_BCHW: Tensor, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -59,6 +61,20 @@ class StepProgress:
     def __exit__(self, *exception) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+@contextmanager
+def progress_of(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress(done, total) for work whose total is known only when it starts; four plain lines without a terminal."""
+    with ExitStack() as stack:
+        bars: list[StepProgress] = []
+
+        def progress(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(StepProgress(title, total, every=max(1, -(-total // 4)))))
+            bars[0].update(done)
+
+        yield progress
 
 
 def start_logging(rank: int, log_file: str | None) -> None:

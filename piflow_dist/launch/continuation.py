@@ -95,7 +95,7 @@ def describe_continuation(config: Config) -> list[str]:
     """What the launcher says about the earlier training."""
     checkpoint = newest_checkpoint(config)
     if checkpoint is None:
-        return []
+        return [] if config.init_from is None else [f"{config.run_dir} starts from the student in {config.init_from}."]
     verb = "goes back to" if config.checkpoint.goes_back else "goes on from"
     lines = [f"{config.run_dir} {verb} step {step_of(checkpoint)} of {config.train.steps}."]
     if step_of(checkpoint) >= config.train.steps:

@@ -7,8 +7,9 @@ from data_pipeline.description import load_description
 from piflow_dist.checkpoint.files import STATE, read_json
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, ModelConfig, changed_keys, require
-from piflow_dist.launch.continuation import check_continuation
+from piflow_dist.launch.continuation import check_continuation, newest_checkpoint
 from piflow_dist.launch.local import check_devices, check_port
+from piflow_dist.models.initial import open_initial
 from piflow_dist.models.pretrained import DiffusersWeights, diffusers_folder, plan_training, read_diffusers_config
 from piflow_dist.models.qwen_image import plan_model
 from piflow_dist.models.weights import check_fits
@@ -21,6 +22,8 @@ def check_run(config: Config) -> None:
     if config.distils:
         check_teacher(config)
     check_continuation(config)
+    if config.init_from is not None and newest_checkpoint(config) is None:
+        check_initial(config)
     if config.cluster is None:  # of a cluster's nodes this machine knows nothing
         check_port(config.launch.port)
         check_devices(config.launch)
@@ -85,6 +88,15 @@ def check_teacher(config: Config) -> None:
         raise
     except ValueError as error:
         raise ConfigError(f"distill.teacher={source}: {error}") from error
+
+
+def check_initial(config: Config) -> None:
+    try:
+        plan_training(config, open_initial(config).weights)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"init_from={config.init_from}: {error}") from error
 
 
 def check_teacher_run(config: Config) -> ModelConfig:

@@ -11,7 +11,7 @@ from piflow_dist.checkpoint.reader import CheckpointWeights
 from piflow_dist.checkpoint.runs import resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, ModelConfig, require
 from piflow_dist.models.qwen_image import QwenImage, plan_model, plan_student, plan_tied
-from piflow_dist.models.weights import OverlaidWeights, View, WeightSource, fill
+from piflow_dist.models.weights import OverlaidWeights, View, WeightSource, check_trained, fill
 
 INDEX, SINGLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
@@ -31,6 +31,7 @@ class DiffusersWeights:
         except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
             raise ConfigError(f"{folder} cannot be read as a transformer in diffusers' layout: {error}") from error
         self.files = [folder / name for name in files]
+        self.metadata: dict[str, str] = opened[0].metadata() or {}
         self.views = {our_name(key): file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118 (no dict)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -53,8 +54,9 @@ class DiffusersWeights:
 
 
 def our_name(name: str) -> str:
-    """diffusers' output projection is the teacher's head here."""
-    return f"head.{name}" if name.startswith("proj_out.") else name
+    """Output projections, a teacher's and a policy's, are the head here. Adapters may have been written with peft's prefixes."""
+    name = name.removeprefix("transformer.").replace(".default.weight", ".weight")
+    return f"head.{name}" if name.startswith("proj_out") else name
 
 
 UNSUPPORTED = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
@@ -107,23 +109,33 @@ def open_teacher(config: Config) -> DiffusersWeights | CheckpointWeights:
     return CheckpointWeights(resolve_checkpoint(config.distill.teacher, "distill.teacher"), ema=True)
 
 
-def plan_training(config: Config) -> tuple[QwenImage, WeightSource]:
-    """The model that a distillation trains, on the meta device, and the weights it starts from."""
+def plan_training(config: Config, initial: WeightSource | None = None) -> tuple[QwenImage, WeightSource]:
+    """The model that a distillation trains, on the meta device, and the weights it starts from: the teacher's, or `initial` over them."""
     teacher, seed = open_teacher(config), config.train.seed
     if config.mode == "tied":
-        return plan_tied(config.model, config.policy, config.lora, teacher, seed)
-    return plan_student(config.model, config.policy, teacher, seed)
+        model, start = plan_tied(config.model, config.policy, config.lora, teacher, seed)
+    else:
+        model, start = plan_student(config.model, config.policy, teacher, seed)
+    if initial is not None:
+        check_trained(model, initial)
+        start = OverlaidWeights(initial, start)
+    return model, start
+
+
+def open_weights(place: Path, ema: bool = True) -> DiffusersWeights | CheckpointWeights:
+    """Of a checkpoint's folder or a folder in diffusers' layout (which has one kind of weights)."""
+    return CheckpointWeights(place, ema) if diffusers_folder(str(place)) is None else DiffusersWeights(place)
 
 
 def load_model(checkpoint: Path, config: Config, ema: bool = True) -> QwenImage:
-    """The model of a run's checkpoint on the CPU in fp32: a teacher or a student, as the run's config says.
+    """The model of a run's checkpoint, or of a folder in diffusers' layout, on the CPU in fp32: a teacher or a student, as config says.
 
     Raises CheckpointError for damaged files, ConfigError where a tied student's base is another than it was trained on, and
     ValueError where the weights are not those of the configured model.
     """
-    trained = CheckpointWeights(checkpoint, ema)
+    trained = open_weights(checkpoint, ema)
     if config.mode == "tied":
-        check_base(checkpoint, config)
+        check_trained_on(checkpoint, config)
         model, start = plan_tied(config.model, config.policy, config.lora, open_teacher(config), config.train.seed)
         fill(model, OverlaidWeights(trained, start))
     else:
@@ -132,8 +144,13 @@ def load_model(checkpoint: Path, config: Config, ema: bool = True) -> QwenImage:
     return model
 
 
-def check_base(checkpoint: Path, config: Config) -> None:
-    """Adapters mean something on the weights they were trained on alone. Raises ConfigError for others."""
+def check_trained_on(checkpoint: Path, config: Config) -> None:
+    """A checkpoint's adapters mean something on the weights they were trained on alone. Raises ConfigError for others.
+
+    (An exported adapter knows the values of its base, not its files: adapters.py.)
+    """
+    if not (checkpoint / STATE).is_file():
+        return
     found, wanted = open_teacher(config).fingerprint(), read_json(checkpoint / STATE)["teacher"]
     require(
         found == wanted,

@@ -250,10 +250,7 @@ class QwenImage(nn.Module):
 
     @property
     def unread(self) -> set[str]:
-        """Parameters that published checkpoints have and no output depends on."""
-        last = f"transformer_blocks.{len(self.transformer_blocks) - 1}."
-        layers = ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-        return {f"{last}{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+        return unread_parameters(len(self.transformer_blocks))
 
     def output(self, adapted: bool) -> tuple[nn.Module, nn.Module]:
         """The final norm and head of a pass."""
@@ -269,6 +266,12 @@ def recomputed(block: Block, image_BTD: Tensor, *others: Any) -> tuple[Tensor, T
     if not image_BTD.requires_grad:
         image_BTD = image_BTD.detach().requires_grad_()
     return checkpoint(block, image_BTD, *others, use_reentrant=True)
+
+
+def unread_parameters(num_layers: int) -> set[str]:
+    """Parameters that published checkpoints have and no output depends on."""
+    layers = ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+    return {f"transformer_blocks.{num_layers - 1}.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
 
 
 class TiedQwenImage(QwenImage):

@@ -1,6 +1,6 @@
 """Where a model's weights come from, read piece by piece: nobody needs to hold a whole model to load a part of it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -61,23 +61,62 @@ class RenamedWeights:
         return self.source.view(self.names[name])
 
 
+class ScaledWeights:
+    """Weights of `source`, those whose name ends in `suffix` times `factor` (fp32)."""
+
+    def __init__(self, source: WeightSource, suffix: str, factor: float):
+        self.source, self.suffix, self.factor, self.origin = source, suffix, factor, source.origin
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.source.shapes()
+
+    def view(self, name: str) -> View:
+        view = self.source.view(name)
+        return ScaledView(view, self.factor) if name.endswith(self.suffix) else view
+
+
+class ScaledView:
+    def __init__(self, view: View, factor: float):
+        self.inner, self.factor = view, factor
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.inner[index].float() * self.factor
+
+
 def check_fits(model: nn.Module, source: WeightSource) -> None:
     """Raise ValueError naming what is missing, unknown or of another shape. Weights that nothing reads may be missing.
 
     model: whole, also on the meta device.
     """
-    found = source.shapes()
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    needed = {name for name in wanted if name not in model.unread}
-    problems = [f"missing: {some(needed - set(found))}"] if needed - set(found) else []
-    problems += [f"unknown: {some(set(found) - set(wanted))}"] if set(found) - set(wanted) else []
+    problems = misfits(wanted, source.shapes(), optional=model.unread)
+    if problems:
+        raise ValueError(f"{source.origin} does not fit the model: {problems}.")
+
+
+def check_trained(model: nn.Module, source: WeightSource) -> None:
+    """Raise ValueError where the source does not hold exactly what `model` trains. Weights that nothing reads may be there."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {name: shape for name, shape in source.shapes().items() if name not in model.unread}
+    problems = misfits(wanted, found)
+    if problems:
+        raise ValueError(f"{source.origin} does not hold what this run trains: {problems}.")
+
+
+def misfits(
+    wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], optional: Collection[str] = ()
+) -> str:
+    """What is missing, unknown or of another shape, in words; empty where everything fits."""
+    missing = {name for name in wanted if name not in found and name not in optional}
+    unknown = set(found) - set(wanted)
+    problems = [f"missing: {some(missing)}"] if missing else []
+    problems += [f"unknown: {some(unknown)}"] if unknown else []
     problems += [
         f"{name} is {shape} instead of {wanted[name]}"
         for name, shape in found.items()
         if name in wanted and shape != wanted[name]
     ][:8]
-    if problems:
-        raise ValueError(f"{source.origin} does not fit the model: {'; '.join(problems)}.")
+    return "; ".join(problems)
 
 
 def some(names: set[str]) -> str:

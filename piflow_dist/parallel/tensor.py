@@ -52,6 +52,19 @@ QWEN_IMAGE_PLAN = (
 )
 
 
+def split_dim(name: str, plan: tuple[Rule, ...] = QWEN_IMAGE_PLAN) -> int | None:
+    """Along which dimension the plan splits the parameter of this name; None: it is replicated."""
+    layer, _, kind = name.rpartition(".")
+    layer, _, adapter = layer.rpartition(".") if layer.endswith((".lora_A", ".lora_B")) else (layer, "", "")
+    layer = layer.removesuffix(".base_layer")
+    split = next((rule.split for rule in plan if re.fullmatch(rule.pattern, layer)), None)
+    if split in ("column", "column, joined"):
+        return None if adapter == "lora_A" else 0
+    if split == "row":
+        return 1 if kind == "weight" and adapter != "lora_B" else None
+    return None
+
+
 class PlanError(ValueError):
     """The plan does not fit the model, or the group's size does not divide it."""
 

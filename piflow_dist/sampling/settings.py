@@ -1,5 +1,6 @@
 """Settings of tools/sample.py, and what they mean for a given source."""
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import asdict, dataclass, field
@@ -8,11 +9,12 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from data_pipeline.description import load_description
+from data_pipeline.description import DatasetDescription, load_description
 from piflow_dist.checkpoint.files import MANIFEST
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, LaunchConfig, require, require_positive
-from piflow_dist.models.pretrained import check_base
+from piflow_dist.models.adapters import check_base, open_student, student_config, student_folder, teacher_config
+from piflow_dist.models.pretrained import DiffusersWeights, check_trained_on, diffusers_folder, open_teacher
 
 
 @dataclass(kw_only=True)
@@ -20,7 +22,11 @@ class SampleConfig:
     """Images from a teacher's or student's run."""
 
     source: str = MISSING
-    """Run folder, or one of its checkpoint folders."""
+    """Run folder, one of its checkpoint folders, or an exported adapter or transformer (docs/export.md)."""
+    base: str | None = None
+    """Of an adapter, or a tied student whose teacher has moved: the transformer under it."""
+    dataset: str | None = None
+    """Prepared data whose codec, prompt encoder and latent size are used; default: the run's own."""
     out: str = MISSING
     prompts: str | None = None
     """Text file, one prompt a line; default: the distinct prompts of the training data."""
@@ -114,15 +120,21 @@ class SampleRequest:
         settings = asdict(self.config)
         for name in ("out", "overwrite", "launch", "source", "prompts", "images_per_prompt"):
             settings.pop(name)
-        weights = hashlib.sha256((self.checkpoint / MANIFEST).read_bytes()).hexdigest()
+        exported = diffusers_folder(str(self.checkpoint)) is not None
+        manifest = self.checkpoint / MANIFEST
+        weights = (
+            DiffusersWeights(self.checkpoint).fingerprint()
+            if exported
+            else hashlib.sha256(manifest.read_bytes()).hexdigest()
+        )
         prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
         return {**settings, "images": len(self.prompts), "prompts_sha256": prompts, "weights_sha256": weights}
 
 
 def build_request(config: SampleConfig) -> SampleRequest:
     """Resolve source and prompts. Raises ConfigError for what cannot be sampled."""
-    checkpoint = resolve_checkpoint(config.source, "source")
-    run = read_run_config(checkpoint)
+    checkpoint, run = resolve_source(config)
+    load_dataset(run)
     if config.nfe is not None and run.distils:
         require(
             run.policy.type == "gmflow" or config.nfe == run.distill.nfe,
@@ -134,9 +146,54 @@ def build_request(config: SampleConfig) -> SampleRequest:
             f"Use {run.distill.nfe} or more.",
         )
     if run.distils and run.mode == "tied":
-        check_base(checkpoint, run)
+        check_trained_on(checkpoint, run)
     prompts = [prompt for prompt in read_prompts(config, run) for _ in range(config.images_per_prompt)]
     return SampleRequest(config, run, checkpoint, prompts)
+
+
+def resolve_source(config: SampleConfig) -> tuple[Path, Config]:
+    """A checkpoint or an exported folder, and the configuration of the run that it is of, or could be of."""
+    folder = diffusers_folder(config.source)
+    if folder is None:
+        checkpoint = resolve_checkpoint(config.source, "source")
+        run = read_run_config(checkpoint)
+        return checkpoint, dataclasses.replace(
+            run,
+            distill=dataclasses.replace(run.distill, teacher=config.base or run.distill.teacher),
+            data=dataclasses.replace(run.data, root=config.dataset or run.data.root),
+        )
+    require(
+        config.dataset is not None,
+        f"source={config.source} is an exported folder, which knows no data. Give dataset=DIR, prepared data whose codec, prompt "
+        "encoder and latent size are to be used.",
+    )
+    if student_folder(config.source) is None:
+        return folder, teacher_config(folder, config.dataset)
+    student = open_student(folder)
+    run = student_config(student, config.base, config.dataset)
+    if student.lora is not None:
+        check_base(student, open_teacher(run), f"base={config.base}")
+    found = load_dataset(run)
+    for option, wanted in student.trained_on.items():
+        require(
+            dict(getattr(found, option)) == wanted,
+            f"dataset={config.dataset} was made with the {option} {dict(getattr(found, option))}, {folder} was trained on {wanted}.",
+        )
+    return folder, run
+
+
+def load_dataset(run: Config) -> DatasetDescription:
+    """What is known of the data whose codec and prompts are used. Raises ConfigError where it does not fit the model."""
+    try:
+        found = load_description(run.data.root)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"dataset={run.data.root}: {error}") from error
+    for what, theirs, ours in (
+        ("latents of channels", found.latent_channels, run.model.latent_channels),
+        ("prompt embeddings of width", found.prompt_dim, run.model.joint_attention_dim),
+    ):
+        require(theirs == ours, f"dataset={run.data.root} holds {what} {theirs}, the model wants {ours}.")
+    return found
 
 
 def read_prompts(config: SampleConfig, run: Config) -> list[str]:

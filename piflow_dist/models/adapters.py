@@ -1,0 +1,244 @@
+"""Students in the published layout: adapters over a base, ours or third parties', and merged transformers.
+
+Opened and checked here, by names and shapes and against their own config.json; read piece by piece like every other source of weights.
+"""
+
+import dataclasses
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from piflow_dist.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DistillConfig,
+    LoraConfig,
+    ModelConfig,
+    PolicyConfig,
+    ScheduleConfig,
+    config_from,
+    require,
+)
+from piflow_dist.models.pretrained import DiffusersWeights, diffusers_folder, read_diffusers_config
+from piflow_dist.models.published import (
+    DX_CLASS,
+    GM_CLASS,
+    TEACHER_CLASS,
+    read_json_file,
+    read_policy,
+    read_student_model,
+)
+from piflow_dist.models.qwen_image import plan_model, shape_tied, unread_parameters
+from piflow_dist.models.weights import WeightSource, misfits
+
+RECIPE = "piflow_dist.json"
+"""What our exports add and published loaders ignore: the schedule, steps and guidance of the training, and which base it had."""
+PUBLISHED_NFE, PUBLISHED_LAST, PUBLISHED_SHIFT = 4, 0.5, 3.2
+
+
+@dataclass(frozen=True)
+class ExportedStudent:
+    """A folder in the published layout. lora: of an adapter, None of a merged student."""
+
+    folder: Path
+    weights: DiffusersWeights
+    model: ModelConfig
+    policy: PolicyConfig
+    lora: LoraConfig | None
+    schedule: ScheduleConfig
+    distill: DistillConfig
+    base: str | None
+    """weights_likeness of the base it was trained on, where the folder says it."""
+    trained_on: dict[str, Any]
+    """Codec and prompt encoder of its data, where the folder says it."""
+
+
+def open_student(folder: Path) -> ExportedStudent:
+    """Open and check a student's folder. Raises ConfigError naming what is missing, unknown, misshapen or not supported."""
+    try:
+        return read_student(folder)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(
+            f"config.json, policy_config or {RECIPE} of {folder} holds a value of a wrong type: {error}."
+        ) from error
+
+
+def read_student(folder: Path) -> ExportedStudent:
+    path = folder / "config.json"
+    found = read_json_file(path)
+    kind = found.get("_class_name")
+    require(
+        is_student(found),
+        f"{path} describes a {kind}, which is no pi-Flow student of Qwen-Image. Known are {GM_CLASS} and {DX_CLASS}.",
+    )
+    weights = DiffusersWeights(folder)
+    model = read_student_model(path, found)
+    published = read_policy(path, found, weights.metadata, weights.shapes())
+    recipe = read_json_file(folder / RECIPE) if (folder / RECIPE).is_file() else {}
+    schedule, distill = read_recipe(folder / RECIPE, recipe)
+    if published.shift is not None:
+        schedule, distill = fit_to_dx(folder, schedule, distill, published.segment_size, published.shift)
+    lora = None if "img_in.weight" in weights.shapes() else read_lora(folder, weights.shapes())
+    student = ExportedStudent(
+        folder,
+        weights,
+        model,
+        published.policy,
+        lora,
+        schedule,
+        distill,
+        recipe.get("base"),
+        recipe.get("trained_on") or {},
+    )
+    check_student(student)
+    return student
+
+
+def is_student(found: dict[str, Any]) -> bool:
+    """DX students are published as diffusers' class too, with unpatched outputs."""
+    kind = found.get("_class_name")
+    return kind in (GM_CLASS, DX_CLASS) or (kind == TEACHER_CLASS and found.get("patch_size") == 1)
+
+
+def student_folder(source: str) -> Path | None:
+    """The folder where `source` is a student in the published layout, or holds one as transformer/; else None."""
+    folder = diffusers_folder(source)
+    return folder if folder is not None and is_student(read_json_file(folder / "config.json")) else None
+
+
+def read_recipe(path: Path, recipe: dict[str, Any]) -> tuple[ScheduleConfig, DistillConfig]:
+    """How a student was trained and is sampled; where the folder does not say it, as published."""
+    schedule = {"shift": PUBLISHED_SHIFT, **recipe.get("schedule", {})}
+    usual = {
+        "nfe": PUBLISHED_NFE,
+        "final_step_size_scale": PUBLISHED_LAST,
+        "window_substeps": 0,
+    }  # a window is for training
+    distill = {**usual, **recipe.get("distill", {})}
+    try:
+        return config_from(schedule, ScheduleConfig), config_from(distill, DistillConfig)
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be read as a student's recipe: {error}") from error
+
+
+def fit_to_dx(
+    folder: Path, schedule: ScheduleConfig, distill: DistillConfig, segment_size: float | None, shift: float
+) -> tuple[ScheduleConfig, DistillConfig]:
+    """A DX policy fixes the shift and, on a grid, the number of steps that it is sampled with."""
+    schedule = dataclasses.replace(schedule, shift=shift)
+    if segment_size is None:
+        return schedule, distill
+    nfe = 1 / segment_size + 1 - distill.final_step_size_scale
+    require(
+        abs(nfe - round(nfe)) < 1e-4 and round(nfe) >= 1,
+        f"{folder}: policy_config has segment_size={segment_size:g}, which is not 1/(nfe - 1 + {distill.final_step_size_scale:g}) "
+        "for a whole number nfe of steps.",
+    )
+    return schedule, dataclasses.replace(distill, nfe=round(nfe))
+
+
+ADAPTED = re.compile(r"(.+)\.lora_[AB]\.weight")
+
+
+def read_lora(folder: Path, shapes: dict[str, tuple[int, ...]]) -> LoraConfig:
+    """Rank and layers of an adapter, from its tensors. Published adapters have alpha = rank."""
+    layers = sorted({match[1] for name in shapes if (match := ADAPTED.fullmatch(name))})
+    require(
+        bool(layers), f"{folder} holds neither a transformer (no img_in.weight) nor an adapter (no lora_A, lora_B)."
+    )
+    ranks: dict[int, str] = {}
+    for layer in layers:
+        for part, dim in (("lora_A", 0), ("lora_B", 1)):
+            shape = shapes.get(f"{layer}.{part}.weight", ())
+            if len(shape) == 2:
+                ranks.setdefault(shape[dim], f"{layer}.{part}")
+    require(
+        len(ranks) == 1,
+        f"{folder} has adapters of ranks {' and '.join(f'{rank} ({layer})' for rank, layer in sorted(ranks.items()))}. "
+        "Only one rank for all layers is supported.",
+    )
+    (rank,) = ranks
+    return LoraConfig(
+        rank=rank, alpha=float(rank), dropout=0.0, targets=["|".join(re.escape(layer) for layer in layers)]
+    )
+
+
+def check_student(student: ExportedStudent) -> None:
+    found = student.weights.shapes()
+    if student.lora is None:
+        model = plan_model(student.model, student.policy)
+        wanted, optional = {name: tuple(p.shape) for name, p in model.named_parameters()}, model.unread
+    else:
+        try:
+            model = shape_tied(student.model, student.policy, student.lora)
+        except ConfigError as error:
+            raise ConfigError(f"{student.folder}: {error}") from error
+        wanted, optional = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}, ()
+    problems = misfits(wanted, found, optional)
+    require(not problems, f"{student.folder} does not hold the tensors that its config.json describes: {problems}.")
+
+
+def student_config(student: ExportedStudent, base: str | None, dataset: str) -> Config:
+    """The configuration of a run that would have this student. Raises ConfigError where the base is missing or another one."""
+    if student.lora is not None:
+        require(
+            base is not None,
+            f"{student.folder} is an adapter. Give base=PATH, the transformer that it was trained on (in diffusers' layout, "
+            "or a teacher's run folder).",
+        )
+    return Config(
+        run_dir=str(student.folder),
+        mode="full" if student.lora is None else "tied",
+        model=student.model,
+        policy=student.policy,
+        schedule=student.schedule,
+        lora=student.lora or LoraConfig(),
+        # A merged student needs no teacher any more.
+        distill=dataclasses.replace(student.distill, teacher=base or str(student.folder)),
+        data=DataConfig(root=dataset),
+    )
+
+
+def teacher_config(folder: Path, dataset: str) -> Config:
+    """The configuration of a run that would have this teacher, which is in diffusers' layout."""
+    recipe = read_json_file(folder / RECIPE) if (folder / RECIPE).is_file() else {}
+    return Config(
+        run_dir=str(folder),
+        objective="flow_matching",
+        model=read_diffusers_config(folder),
+        schedule=read_recipe(folder / RECIPE, recipe)[0],
+        data=DataConfig(root=dataset),
+    )
+
+
+def weights_likeness(source: WeightSource, num_layers: int) -> str:
+    """A digest by which two copies of a transformer are known as the same, whatever their files and dtype.
+
+    Of the vectors and the first row of every matrix, rounded to bfloat16: hashing 40 GB would take minutes.
+    """
+    digest, unread = hashlib.sha256(), unread_parameters(num_layers)
+    for name, shape in sorted(source.shapes().items()):
+        if name not in unread:
+            sample = source.view(name)[:] if len(shape) == 1 else source.view(name)[:1]
+            digest.update(name.encode())
+            digest.update(sample.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_base(student: ExportedStudent, base: WeightSource, option: str) -> None:
+    """Raise ConfigError where the adapter says that it was trained on another base."""
+    if student.lora is None or student.base is None:
+        return
+    found = weights_likeness(base, student.model.num_layers)
+    require(
+        found == student.base,
+        f"{option} ({base.origin}, likeness {found[:12]}) is not the transformer that {student.folder} was trained on "
+        f"({student.base[:12]}). Give that one.",
+    )
