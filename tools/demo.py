@@ -101,7 +101,7 @@ def plan(config: DemoConfig) -> list[Stage]:
         for count in (long, 8, 4)
     ]
     # Temperature 1: these students are to be as near to their teacher as they can (docs/demo.md).
-    options = [f"nfe={NFE}", "temperature=1"]
+    options = [f"nfe={NFE}", *([] if config.variant == "dx" else ["temperature=1"])]
     folder = samples / f"{student.name}_{NFE}"
     sampled.append(sample_stage(f"samples: student, {NFE} NFE", student, folder, images, options))
     return [data, teacher, student, *sampled, report_stage(config, student, sampled)]

@@ -63,6 +63,10 @@ class SampleConfig:
         require(number("h", self.h) >= 0, f"h={self.h} must be 0 (ODE) or more.")
 
 
+ONLY_OF = {"teacher": ("steps", "guidance"), "student": ("nfe", "temperature", "h", "substeps")}
+"""Keys that mean something for one kind of source."""
+
+
 def part_path(out: Path, part: int) -> Path:
     return out / "parts" / f"part_{part:05d}.safetensors"
 
@@ -118,7 +122,8 @@ class SampleRequest:
     def identity(self) -> dict[str, Any]:
         """Everything the pixels depend on."""
         settings = asdict(self.config)
-        for name in ("out", "overwrite", "launch", "source", "prompts", "images_per_prompt"):
+        others = ONLY_OF["teacher" if self.kind == "student" else "student"]
+        for name in ("out", "overwrite", "launch", "source", "prompts", "images_per_prompt", *others):
             settings.pop(name)
         exported = diffusers_folder(str(self.checkpoint)) is not None
         manifest = self.checkpoint / MANIFEST
@@ -135,6 +140,7 @@ def build_request(config: SampleConfig) -> SampleRequest:
     """Resolve source and prompts. Raises ConfigError for what cannot be sampled."""
     checkpoint, run = resolve_source(config)
     load_dataset(run)
+    refuse_idle_keys(config, run)
     if config.nfe is not None and run.distils:
         require(
             run.policy.type == "gmflow" or config.nfe == run.distill.nfe,
@@ -149,6 +155,23 @@ def build_request(config: SampleConfig) -> SampleRequest:
         check_trained_on(checkpoint, run)
     prompts = [prompt for prompt in read_prompts(config, run) for _ in range(config.images_per_prompt)]
     return SampleRequest(config, run, checkpoint, prompts)
+
+
+def refuse_idle_keys(config: SampleConfig, run: Config) -> None:
+    """What would change nothing was meant for another source."""
+    kind, other = ("student", "teacher") if run.distils else ("teacher", "student")
+    defaults = {item.name: item.default for item in dataclasses.fields(config)}
+    for name in ONLY_OF[other]:
+        value = getattr(config, name)
+        require(
+            value == defaults[name],
+            f"{name}={value} is for {other}s, and source={config.source} is a {kind}. Leave it out. "
+            f"A {kind} has: {', '.join(ONLY_OF[kind])}.",
+        )
+    require(
+        kind == "teacher" or run.policy.type == "gmflow" or config.temperature == "auto",
+        f"temperature={config.temperature} is for GMFlow students, and source={config.source} has a DX policy. Leave it out.",
+    )
 
 
 def resolve_source(config: SampleConfig) -> tuple[Path, Config]:

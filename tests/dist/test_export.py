@@ -90,9 +90,11 @@ def exports(students: Path, student_run: Path, teacher_run: Path, tmp_path_facto
 
 
 def latents(source: Path, **options: Any) -> Tensor:
-    # h and temperature: every part of the sampler has a say in the images.
-    config = SampleConfig(source=str(source), out="nowhere", images_per_prompt=1, seed=3, h="0.5", steps=4, **options)
-    request = build_request(config)
+    # h: every part of a student's sampler has a say in the images.
+    own = {"steps": 4} if "teacher" in source.name or source.name == "uninterrupted" else {"h": "0.5"}
+    request = build_request(
+        SampleConfig(source=str(source), out="nowhere", images_per_prompt=1, seed=3, **own, **options)
+    )
     return Sampler(request, torch.device("cpu")).sample(range(len(request.prompts)))
 
 

@@ -186,6 +186,8 @@ def test_overwrite_makes_them_again(student_images: Path, student_run: Path, tmp
         ("nfe=2", ("nfe=2 is below the 4", "Use 4 or more")),
         ("temperature=3", ("temperature=3", "(0, 1]")),
         ("temperature=warm", ("temperature=warm is not a number",)),
+        ("steps=8", ("steps=8 is for teachers", "is a student", "nfe, temperature, h, substeps")),
+        ("guidance=2", ("guidance=2.0 is for teachers",)),
         ("h=-1", ("h=-1", "0 (ODE) or more")),
         ("images_per_prompt=0", ("images_per_prompt",)),
         ("guidanse=2", ("guidanse", "guidance")),
@@ -199,6 +201,14 @@ def test_refused(
     message = refuse(f"source={student_run}", f"out={tmp_path / 'out'}", *COMMON, option)
     assert all(word in message for word in words), message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["nfe=4", "temperature=0.3", "h=0.5", "substeps=64"])
+def test_a_students_keys_are_refused_for_a_teacher(
+    refuse: Callable[..., str], teacher_run: Path, tmp_path: Path, option: str
+) -> None:
+    message = refuse(f"source={teacher_run}", f"out={tmp_path / 'out'}", *COMMON, option)
+    assert f"{option} is for students" in message and "steps, guidance" in message
 
 
 def test_a_folder_of_somebody_else_is_refused(refuse: Callable[..., str], student_run: Path, tmp_path: Path) -> None:
