@@ -14,6 +14,8 @@ MAY_CHANGE = (
     "launch.",
     "parallel.",
     "tracking.",
+    "cluster",
+    "cluster.",
     "train.steps",
     "train.micro_batch_size",
     "train.max_skipped",

@@ -126,7 +126,8 @@ def test_the_tool_samples_an_adapter(
     out = tmp_path / "samples"
     done = run_tool("sample", f"source={exports / 'tied-adapter'}", f"base={teacher_run}", f"out={out}", *options)
     assert done.returncode == 0, done.stdout
-    assert torch.equal(load_file(out / "samples.safetensors")["latents"], latents(students / "tied"))
+    # To rounding: the tool computes with one thread, this process may have more.
+    assert_close(load_file(out / "samples.safetensors")["latents"], latents(students / "tied"), rtol=0, atol=1e-5)
 
 
 LINEARS = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
