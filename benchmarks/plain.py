@@ -82,7 +82,7 @@ class PlainStep:
             self.model.enable_gradient_checkpointing()
         self.head.train(), self.model.train()
         modules = (self.model, self.head, self.student_output[0])
-        self.parameters = list({p for module in modules for p in module.parameters() if p.requires_grad})
+        self.parameters = list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
         optim = config.optim
         if optim.type == "sgd":

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from meter import Arithmetic, Memory, Meter, matmul_rate, messages, timed
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from piflow_dist import train
 from piflow_dist.cli import run_tool
@@ -263,7 +264,7 @@ def measure(config: StepBenchmark, topology: Topology) -> None:
     device, world = topology.device, topology.world_size
     clock = time.process_time if config.bench.cpu_seconds else time.perf_counter
     meter = Meter(device, clock)
-    say = print if topology.is_main else lambda *_: None
+    say = print if topology.is_main else lambda *_, **__: None
     memory = Memory(device)
     ours = OurStep(config, topology, meter)
     describe(config, topology, ours.model.engine.module, say)
@@ -352,6 +353,7 @@ def find_largest_batch(config: StepBenchmark, topology: Topology) -> None:
     )
 
 
+@record
 def work(path: str) -> None:
     config = read_config(Path(path), StepBenchmark)
     topology = start_process_group(config.launch.device, config.launch.timeout_seconds, config.parallel.tp)
