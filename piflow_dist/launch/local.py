@@ -105,7 +105,9 @@ def run_forked(module: str, arguments: list[str]) -> None:
 
 
 def describe(failure: "ChildFailedError", log_dir: Path) -> str:
-    rank, first = failure.get_first_failure()
+    # A process that was killed takes the others with it; on a loaded machine they may be found dead together.
+    killed = [(rank, found) for rank, found in failure.failures.items() if found.exitcode < 0]
+    rank, first = killed[0] if killed else failure.get_first_failure()
     if first.exitcode < 0:
         cause = f"was ended by {signal.Signals(-first.exitcode).name}"
     else:
