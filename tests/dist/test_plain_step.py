@@ -63,6 +63,7 @@ def train_both(rank: int) -> dict[str, Both]:
         meter = Meter(topology.device)
         ours = OurStep(config, topology, meter)
         plain = Plain(config, topology, meter, ours)
+        plain.plain.policy_dtype = torch.float64
         adapters = InitialAdapters(plain_names(plain.plain.model), config.train.seed)
         with torch.no_grad():
             for key, parameter in plain.plain.model.named_parameters():
@@ -110,9 +111,9 @@ def trainings() -> dict[str, Both]:
 def test_trains_like_a_plain_training(trainings: dict[str, Both], name: str) -> None:
     """The first loss shows forward and policy; gradients, clipping and updates show in the weights."""
     both = trainings[name]
-    assert_close(both.ours, both.plain, rtol=2e-4, atol=0)
+    assert_close(both.ours, both.plain, rtol=2e-5, atol=0)
     for key, moved in both.moved.items():
-        assert both.off[key] < 0.05 * moved + 3e-7, f"{key} moved by {moved:.2e}, and is {both.off[key]:.2e} off"
+        assert both.off[key] < 0.005 * moved + 3e-7, f"{key} moved by {moved:.2e}, and is {both.off[key]:.2e} off"
     adapters = [moved for key, moved in both.moved.items() if "lora_B" in key]
     assert min(adapters, default=1) > 2e-6, sorted(adapters)[:3]
     assert bool(adapters) == name.startswith("tied")
