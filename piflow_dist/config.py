@@ -329,12 +329,36 @@ class LaunchConfig:
     """Time limit of a collective."""
     dry_run: bool = False
     """Check everything, print the resolved configuration and stop."""
+    log_level: str = "INFO"
+    """Of the package's messages: DEBUG, INFO, WARNING or ERROR."""
 
     def __post_init__(self):
         require_positive("launch", self, "processes", "timeout_seconds")
+        require_choice("launch.log_level", self.log_level, ("DEBUG", "INFO", "WARNING", "ERROR"))
         require_choice("launch.device", self.device, ("auto", "cpu", "cuda"))
         require(self.threads is None or self.threads > 0, f"launch.threads={self.threads} must be greater than zero.")
         require(0 <= self.port < 65536, f"launch.port={self.port} is not a port. Use 0 for a free one.")
+
+
+@dataclass(kw_only=True)
+class WatchdogConfig:
+    """When a training process is taken to hang: the job ends with its rank, step, phase and stacks in the log."""
+
+    factor: float = 10.0
+    """A step may take so many times the median of the last steps; 0: no watchdog."""
+    minimum_seconds: float = 300.0
+    """No step is taken to hang sooner, however fast the others are."""
+    startup_seconds: float = 3600.0
+    """Limit of what is no step (loading, saving) and of the first steps."""
+    steps_before: int = 3
+    """First steps, which compile, allocate and connect."""
+
+    def __post_init__(self):
+        require_positive("watchdog", self, "minimum_seconds", "startup_seconds", "steps_before")
+        require(
+            self.factor == 0 or self.factor > 1,
+            f"watchdog.factor={self.factor} would end steps that take no longer than others. Use 10 or so, or 0 for none.",
+        )
 
 
 @dataclass(kw_only=True)
@@ -372,6 +396,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def check_parallel(self) -> None:

@@ -14,6 +14,7 @@ MAY_CHANGE = (
     "launch.",
     "parallel.",
     "tracking.",
+    "watchdog.",
     "train.steps",
     "train.micro_batch_size",
     "train.max_skipped",
