@@ -361,6 +361,40 @@ class WatchdogConfig:
         )
 
 
+class ClusterConfig:
+    """The machines of a run, for plans and submission: one file of configs/cluster/ each. GB is 1e9 bytes, GiB 2^30."""
+
+    nodes: int = MISSING
+    gpus_per_node: int = MISSING
+    """Processes per node: one per GPU, or per share of its cores where device=cpu."""
+    gpu: str = MISSING
+    """What a process computes on, for people."""
+    device: str = "cuda"
+    """cuda or cpu."""
+    gpu_memory_gib: float = MISSING
+    """Memory of a process's device that programs can have."""
+    peak_tflops: float = MISSING
+    """Dense bf16 matrix products per GPU."""
+    achieved_share: float = 0.45
+    """Share of peak_tflops that a step's arithmetic reaches."""
+    intra_node_gb_s: float = MISSING
+    """Bandwidth of a GPU to the others of its node, one direction, as collectives reach it."""
+    inter_node_gb_s: float = MISSING
+    """Bandwidth of a whole node to the others, one direction."""
+    host_memory_gib: float = MISSING
+    """Memory of a node."""
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    def __post_init__(self):
+        require_choice("cluster.device", self.device, ("cuda", "cpu"))
+        sizes = ("nodes", "gpus_per_node", "gpu_memory_gib", "peak_tflops", "host_memory_gib")
+        require_positive("cluster", self, *sizes, "intra_node_gb_s", "inter_node_gb_s")
+        require(0 < self.achieved_share <= 1, f"cluster.achieved_share={self.achieved_share} must lie in (0, 1].")
+
+
 @dataclass(kw_only=True)
 class TrackingConfig:
     enabled: bool = True
@@ -398,9 +432,22 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig | None = None
+    """Where the run is to happen (+cluster=NAME): decides launch.processes and launch.device. None: this machine."""
 
     def check_parallel(self) -> None:
         tp, processes, heads = self.parallel.tp, self.launch.processes, self.model.num_attention_heads
+        if self.cluster is not None:
+            require(
+                tp <= self.cluster.gpus_per_node,
+                f"parallel.tp={tp} exceeds a node of {self.cluster.gpus_per_node} GPUs (cluster.gpus_per_node): the group "
+                "would sum every layer's outputs over the slow links between nodes. Choose a smaller parallel.tp.",
+            )
+            require(
+                self.cluster.gpus_per_node % tp == 0,
+                f"parallel.tp={tp} does not divide a node's {self.cluster.gpus_per_node} GPUs (cluster.gpus_per_node): a "
+                "group would span two nodes. Choose a divisor.",
+            )
         require(
             processes % tp == 0,
             f"launch.processes={processes} are not whole tensor-parallel groups of parallel.tp={tp}. "
@@ -432,6 +479,8 @@ class Config:
             self.distils or self.mode == "full",
             f"mode={self.mode} ties a student to its teacher, but objective={self.objective} trains a teacher. Set mode=full.",
         )
+        if self.cluster is not None:
+            self.launch.processes, self.launch.device = self.cluster.world_size, self.cluster.device
         self.check_parallel()
         if self.distils:
             require(
@@ -524,7 +573,7 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, A
     changed = {}
     for item in dataclasses.fields(new):
         before, after, key = getattr(old, item.name), getattr(new, item.name), prefix + item.name
-        if dataclasses.is_dataclass(after):
+        if dataclasses.is_dataclass(after) and dataclasses.is_dataclass(before):
             changed |= changed_keys(before, after, key + ".")
         elif before != after:
             changed[key] = (before, after)

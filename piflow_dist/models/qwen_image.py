@@ -305,16 +305,21 @@ def plan_student(
     return plan_model(config, policy), OverlaidWeights(head, without_head(teacher))
 
 
-def plan_tied(
-    config: ModelConfig, policy: PolicyConfig, lora: LoraConfig, teacher: WeightSource, seed: int
-) -> tuple[TiedQwenImage, WeightSource]:
-    """Teacher and student on one trunk, on the meta device, and the weights they start from. All is frozen but the student's own."""
-    head = initial_head(config, policy, teacher, seed)
+def shape_tied(config: ModelConfig, policy: PolicyConfig, lora: LoraConfig) -> TiedQwenImage:
+    """Teacher and student on one trunk, on the meta device. All is frozen but the student's own."""
     with torch.device("meta"):
         model = TiedQwenImage(config, build_policy_head(config.width, config.latent_channels, policy))
         add_adapters(model, lora)
     model.norm_out.requires_grad_(True)
     model.head.requires_grad_(True)
+    return model
+
+
+def plan_tied(
+    config: ModelConfig, policy: PolicyConfig, lora: LoraConfig, teacher: WeightSource, seed: int
+) -> tuple[TiedQwenImage, WeightSource]:
+    """shape_tied, and the weights it starts from."""
+    head, model = initial_head(config, policy, teacher, seed), shape_tied(config, policy, lora)
     names = {name: base_name(name) for name, _ in model.named_parameters()}
     own = {"head.": "teacher_head.", "norm_out.": "teacher_norm_out."}
     names |= {

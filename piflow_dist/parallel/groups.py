@@ -15,7 +15,9 @@ from megatron.core import parallel_state  # noqa: E402  (it warns while it is im
 def start_groups(tp: int, timeout: timedelta) -> None:
     """Groups of tp consecutive ranks (inside a node), and across them of the ranks that hold the same slices."""
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, distributed_timeout_minutes=timeout.total_seconds() / 60
+        tensor_model_parallel_size=tp,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
+        create_gloo_process_groups=False,  # second groups beside NCCL's, which nothing here uses
     )
 
 
