@@ -361,6 +361,7 @@ class WatchdogConfig:
         )
 
 
+@dataclass(kw_only=True)
 class ClusterConfig:
     """The machines of a run, for plans and submission: one file of configs/cluster/ each. GB is 1e9 bytes, GiB 2^30."""
 

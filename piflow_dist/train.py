@@ -66,9 +66,10 @@ class Run:
     state: TrainState
     teacher_fingerprint: str | None
     """Saved with the run, which preflight refuses to continue with another teacher."""
+    watchdog: Watchdog
 
 
-def build_run(config: Config, topology: Topology) -> Run:
+def build_run(config: Config, topology: Topology, watchdog: Watchdog) -> Run:
     description = load_description(config.data.root)
     encoder = load_prompt_encoder(description.prompt_encoder)
     parallel, dtype = config.parallel, config.train.dtype
@@ -103,6 +104,7 @@ def build_run(config: Config, topology: Topology) -> Run:
         empty_LD=encoder.encode([""])[0].to(topology.device),
         state=TrainState(),
         teacher_fingerprint=open_teacher(config).fingerprint() if config.distils else None,
+        watchdog=watchdog,
     )
 
 
@@ -113,8 +115,11 @@ def seed_from(*parts: int) -> int:
 
 
 def train_step(run: Run) -> tuple[Tensor, StepResult]:
-    """One optimiser step: backwards of all micro-batches, then the update. Returns (mean loss over ranks, result)."""
-    config, state = run.config, run.state
+    """One optimiser step: backwards of all micro-batches, then the update.
+
+    Returns ((mean loss over ranks, ranks that were asked to stop), result).
+    """
+    config, state, watchdog = run.config, run.state, run.watchdog
     micro_batches, _ = config.train.accumulation(run.topology.dp_size)
     losses = []
     for micro in range(micro_batches):
@@ -123,13 +128,20 @@ def train_step(run: Run) -> tuple[Tensor, StepResult]:
         seed = seed_from(config.train.seed, state.step, micro * run.topology.dp_size + run.topology.dp_rank)
         generator = torch.Generator(run.topology.device).manual_seed(seed)
         torch.manual_seed(seed)
+        watchdog.enter("data")
         batch = next_batch(run)
+        watchdog.enter("forward and backward")
         losses.append(micro_step(run, batch, 1 / micro_batches, generator))
+    watchdog.enter("optimizer")
     clip = config.optim.clip if state.step >= config.optim.clip_from_step else 0.0
     result = run.model.step(lr_scale(state.step, config), clip)
+    watchdog.enter("loss")
+    # A signal reaches the ranks at different moments, before this step's end on one and after it on another: they agree in
+    # the sum that they make anyway. Over all ranks, not the data-parallel ones, as those of another slice must agree too.
     loss = torch.stack(losses).mean()
-    dist.all_reduce(loss, group=run.topology.dp_group)
-    return loss / run.topology.dp_size, result
+    totals = torch.stack([loss / run.topology.world_size, torch.full_like(loss, float(watchdog.request.made))])
+    dist.all_reduce(totals)
+    return totals, result
 
 
 def micro_step(run: Run, batch: Batch, scale: float, generator: torch.Generator) -> Tensor:
