@@ -287,14 +287,38 @@ class TrainConfig:
 @dataclass(kw_only=True)
 class CheckpointConfig:
     every: int = 500
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints (0: see every_minutes); the last step is always saved."""
+    every_minutes: float = 0.0
+    """Minutes between checkpoints, by the clock of process 0; 0: see every. With both, whichever comes first."""
+    asynchronous: bool = True
+    """Write beside training; false: training waits until the checkpoint is on disk."""
     keep: int = 3
     """Newest checkpoints to keep."""
-    resume: bool = True
-    """Continue from the newest complete checkpoint of the run folder."""
+    keep_every: int = 0
+    """Keep the checkpoints whose step is a multiple of this as well; 0: none."""
+    keep_best: int = 0
+    """Keep so many checkpoints with the best values of best_metric as well."""
+    best_metric: str = "loss_smooth"
+    """A metric of metrics.jsonl, taken at the step of the checkpoint."""
+    best_mode: str = "min"
+    """min or max."""
+    resume: bool | int | str = True
+    """true: continue from the newest complete checkpoint of the run folder; false: start afresh; a step, or a checkpoint
+    folder of this training: go back to it. What is not continued is set aside, not deleted."""
 
     def __post_init__(self):
-        require_positive("checkpoint", self, "every", "keep")
+        require_positive("checkpoint", self, "keep")
+        for name in ("every", "every_minutes", "keep_every", "keep_best"):
+            require(getattr(self, name) >= 0, f"checkpoint.{name}={getattr(self, name)} must not be negative.")
+        require_choice("checkpoint.best_mode", self.best_mode, ("min", "max"))
+        require(
+            self.resume != "" and (isinstance(self.resume, bool | str) or self.resume >= 0),
+            f"checkpoint.resume={self.resume} is no step. Use true, false, a step or a checkpoint folder.",
+        )
+
+    @property
+    def goes_back(self) -> bool:
+        return not isinstance(self.resume, bool)
 
 
 @dataclass(kw_only=True)
@@ -321,6 +345,9 @@ class LaunchConfig:
     """Processes on this machine: one per GPU, or one per few CPU cores."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    start: str = "fresh"
+    """fresh: every process is an interpreter of its own; fork: a copy of the launcher, which saves the seconds of imports
+    where a tool starts many small runs (on CPU alone: CUDA does not survive a fork)."""
     threads: int | None = None
     """CPU threads per process; default: the cores shared out."""
     port: int = 0
@@ -336,6 +363,11 @@ class LaunchConfig:
         require_positive("launch", self, "processes", "timeout_seconds")
         require_choice("launch.log_level", self.log_level, ("DEBUG", "INFO", "WARNING", "ERROR"))
         require_choice("launch.device", self.device, ("auto", "cpu", "cuda"))
+        require_choice("launch.start", self.start, ("fresh", "fork"))
+        require(
+            self.start == "fresh" or self.device == "cpu",
+            f"launch.start={self.start} with launch.device={self.device}: CUDA does not survive a fork. Set launch.device=cpu.",
+        )
         require(self.threads is None or self.threads > 0, f"launch.threads={self.threads} must be greater than zero.")
         require(0 <= self.port < 65536, f"launch.port={self.port} is not a port. Use 0 for a free one.")
 

@@ -6,10 +6,11 @@ students (imitation), on one process or many.
 
 import hashlib
 import logging
+import math
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from data_pipeline.description import load_description
 from data_pipeline.prompts import load_prompt_encoder
 from data_pipeline.stream import LatentStream
 from piflow_dist.checkpoint.reader import load_checkpoint
-from piflow_dist.checkpoint.sharded import find_checkpoint, save_checkpoint
-from piflow_dist.config import Config, config_values, read_config
+from piflow_dist.checkpoint.saver import CheckpointSaver
+from piflow_dist.checkpoint.sharded import find_checkpoint
+from piflow_dist.config import Config, config_values, read_config, require
 from piflow_dist.distill.ema import Ema
 from piflow_dist.distill.objectives import (
     Batch,
@@ -34,6 +36,8 @@ from piflow_dist.distill.objectives import (
 )
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.launch.console import StepProgress, start_logging
+from piflow_dist.launch.exits import FINISHED, STOPPED
+from piflow_dist.launch.watchdog import Watchdog, start_watchdog
 from piflow_dist.models.pretrained import open_teacher, plan_training
 from piflow_dist.models.qwen_image import build_teacher, plan_model
 from piflow_dist.parallel.topology import Topology, start_process_group
@@ -49,6 +53,11 @@ class TrainState:
     """Optimiser steps done, skipped ones included."""
     skipped_in_a_row: int = 0
     skipped_total: int = 0
+    loss_smooth: float | None = None
+    """Average of the losses that forgets within some 1 / LOSS_FORGETS steps."""
+
+
+LOSS_FORGETS = 0.02
 
 
 @dataclass
@@ -67,6 +76,11 @@ class Run:
     teacher_fingerprint: str | None
     """Saved with the run, which preflight refuses to continue with another teacher."""
     watchdog: Watchdog
+    saver: CheckpointSaver
+    parent: str | None = None
+    """The checkpoint that this process went on from."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last step; saved with the weights that it gave."""
 
 
 def build_run(config: Config, topology: Topology, watchdog: Watchdog) -> Run:
@@ -105,6 +119,7 @@ def build_run(config: Config, topology: Topology, watchdog: Watchdog) -> Run:
         state=TrainState(),
         teacher_fingerprint=open_teacher(config).fingerprint() if config.distils else None,
         watchdog=watchdog,
+        saver=CheckpointSaver(Path(config.run_dir) / "checkpoints", topology, config.checkpoint),
     )
 
 
@@ -200,15 +215,16 @@ def guard_not_finite(run: Run, loss: float, result: StepResult) -> None:
 def resume(run: Run) -> None:
     """Continue from the newest complete checkpoint of the run folder, if there is one.
 
-    The launcher has set checkpoints aside that are not to be continued: a process that is started again must not start afresh.
+    The launcher has set checkpoints aside that are not to be continued (checkpoint.resume): a process that is started again must
+    neither start afresh nor go back once more. Nothing random has to be restored: noise, dropout and the order of samples
+    are functions of the seed, the step and the place in the global batch.
     """
-    folder = Path(run.config.run_dir) / "checkpoints"
-    path, problems = find_checkpoint(folder, run.topology)
+    folder, place = run.saver.folder, run.topology
+    path, problems = find_checkpoint(folder, place)
     for problem in problems:
         log.warning("%s", problem)
     if path is None:
         return
-    place = run.topology
     split_dims = {shard.name: shard.split_dim for shard in run.model.shards}
     loaded = load_checkpoint(path, place.dp_rank, place.dp_size, place.tp_rank, place.tp, split_dims)
     run.model.load(loaded.weights, loaded.optimizer)
@@ -216,49 +232,83 @@ def resume(run: Run) -> None:
         average.copy_(loaded.ema[name])
     run.stream.load_state_dict(loaded.state["data"])
     run.state = TrainState(**loaded.state["train"])
-    if run.topology.is_main:
-        log.info("continuing from %s", path)
+    run.parent, run.metrics = str(path), loaded.state.get("metrics", {})
+    if place.is_main:
+        saved_on = f"dp {loaded.state['dp_size']} x tp {loaded.state['tp']}"
+        log.info("continuing from %s (saved on %s, now dp %d x tp %d)", path, saved_on, place.dp_size, place.tp)
 
 
 def save(run: Run) -> None:
+    """Save the state of this moment and wait until it is on disk."""
+    start_save(run)
+    run.saver.wait()
+
+
+def start_save(run: Run) -> dict[str, float]:
+    """Save the state of this moment beside what follows; the figures of an earlier save that has become complete by it."""
     data = run.stream.description
     state = {
         "config": config_values(run.config),
         "train": vars(run.state),
+        "metrics": {key: value for key, value in run.metrics.items() if math.isfinite(value)},
+        "parent": run.parent,
         "data": run.stream.state_dict(),
         "trained_on": {"codec": dict(data.codec), "prompt_encoder": dict(data.prompt_encoder)},
         "teacher": run.teacher_fingerprint,
+        "base": run.config.distill.teacher if run.config.mode == "tied" else None,
         "torch": torch.__version__,
     }
-    folder = Path(run.config.run_dir) / "checkpoints"
-    keep = run.config.checkpoint.keep
-    save_checkpoint(folder, run.state.step, run.model, run.ema.averages, state, run.topology, keep)
+    return run.saver.start(run.state.step, run.model, run.ema.averages, state)
 
 
-def train(run: Run, tracker: Tracker | None) -> None:
-    """The loop. Every step is recorded; checkpoints every checkpoint.every steps and at the end."""
-    config, state = run.config, run.state
-    title = Path(config.run_dir).name
+def train(run: Run, tracker: Tracker | None) -> bool:
+    """The loop. Every step is recorded; checkpoints when they are due (checkpoint.every, .every_minutes) and at the end.
+
+    Returns whether all steps are done: a request to stop (launch/signals.py) ends the loop after a checkpoint.
+    """
+    config, state, watchdog, figures = run.config, run.state, run.watchdog, {}
+    title, stop = Path(config.run_dir).name, False
     with StepProgress(title, config.train.steps, state.step, config.tracking.log_every * 5) as progress:
-        while state.step < config.train.steps:
+        while state.step < config.train.steps and not stop:
             began = time.perf_counter()
-            loss, result = train_step(run)
+            watchdog.begin_step(state.step + 1)
+            totals, result = train_step(run)
+            loss, stopping_ranks = totals.tolist()
+            stop = stopping_ranks > 0
             state.step += 1
-            guard_not_finite(run, loss.item(), result)
+            guard_not_finite(run, loss, result)
             if result.applied:
                 run.ema.update(run.model.masters, state.step)
+                smooth = loss if state.loss_smooth is None else state.loss_smooth
+                state.loss_smooth = smooth + LOSS_FORGETS * (loss - smooth)
+            run.metrics = step_values(run, loss, result, time.perf_counter() - began)
+            check_best_metric(run)
+            save_is_due, settled = run.saver.at_boundary(state.step)
+            watchdog.end_step("metrics and checkpoint")
             if tracker is not None:
-                values = step_values(run, loss.item(), result, time.perf_counter() - began)
-                tracker.log(state.step, values)
-                progress.update(state.step, f"loss {values['loss']:.4f}  {values['seconds']:.3f} s/step")
-            if state.step % config.checkpoint.every == 0 or state.step == config.train.steps:
-                save(run)
+                tracker.log(state.step, run.metrics | figures | settled)
+                progress.update(state.step, f"loss {loss:.4f}  {run.metrics['seconds']:.3f} s/step")
+            figures = {}
+            if save_is_due or stop or state.step == config.train.steps:
+                figures = start_save(run)
+        run.saver.wait()
+    return state.step == config.train.steps
+
+
+def check_best_metric(run: Run) -> None:
+    """At the first step of a process, when it is known what there is."""
+    name = run.config.checkpoint.best_metric
+    require(
+        name in run.metrics or not run.config.checkpoint.keep_best,
+        f"checkpoint.best_metric={name} is not logged by this run. Choose one of: {', '.join(sorted(run.metrics))}.",
+    )
 
 
 def step_values(run: Run, loss: float, result: StepResult, seconds: float) -> dict[str, float]:
     config, step = run.config, run.state.step
     values = {
         "loss": loss,
+        "loss_smooth": loss if run.state.loss_smooth is None else run.state.loss_smooth,
         "grad_norm": result.grad_norm,
         "lr": config.optim.lr * lr_scale(step - 1, config),
         "ema_decay": run.ema.decay(step),
@@ -271,25 +321,47 @@ def step_values(run: Run, loss: float, result: StepResult, seconds: float) -> di
     return values
 
 
-@record
-def main() -> None:
-    config = read_config(Path(sys.argv[1]))
-    # Ctrl-C reaches every process of a terminal at once; the launcher alone answers it and ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    topology = start_process_group(config.launch.device, config.launch.timeout_seconds, config.parallel.tp)
-    start_logging(topology.rank, f"{config.run_dir}/logs/rank_{topology.rank}.log")
-    run = build_run(config, topology)
+def work(config: Config, topology: Topology, watchdog: Watchdog) -> int:
+    """A whole training; the exit code (launch/exits.py)."""
+    run = build_run(config, topology, watchdog)
     resume(run)
     tracker = Tracker(config, run.state.step + 1, topology.world_size) if topology.is_main else None
     status = "FAILED"
     try:
-        train(run, tracker)
-        status = "FINISHED"
+        done = train(run, tracker)
+        status = "FINISHED" if done else "SCHEDULED"  # MLflow's word for a run that is to go on
     finally:
+        run.saver.close(config.launch.timeout_seconds)
         if tracker is not None:
             tracker.close(status)
+    if not done and topology.is_main:
+        log.info("stopped by %s after step %d, with a checkpoint", watchdog.request.name, run.state.step)
+    return FINISHED if done else STOPPED
+
+
+@record
+def main(config_file: str) -> int:
+    config = read_config(Path(config_file))
+    # Ctrl-C reaches every process of a terminal at once; the launcher alone answers it and ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    topology = start_process_group(config.launch.device, config.launch.timeout_seconds, config.parallel.tp)
+    require(
+        topology.world_size == config.launch.processes,
+        f"{topology.world_size} processes were started for launch.processes={config.launch.processes}.",
+    )
+    logs = Path(config.run_dir) / "logs"
+    console = start_logging(topology.rank, logs, config.launch.log_level)
+    with start_watchdog(config, topology, logs, console) as watchdog:
+        try:
+            code = work(config, topology, watchdog)
+            dist.barrier()  # rank 0 may hold the store that the watchdogs ask
+        except BaseException as error:
+            watchdog.failed(error)
+            raise
+    dist.barrier()
     dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1]))

@@ -53,31 +53,10 @@ STUDENT = (
 
 
 def write_tiny_set(root: Path) -> None:
-    """Random 16-channel latents of 4 x 4 in the layout of tools/prepare_data.py: 40 samples, no image, no download."""
-    from data_pipeline.description import DatasetDescription
-    from data_pipeline.prompts import TokenTableEncoder, vocabulary
-    from data_pipeline.source import RawSample
-    from data_pipeline.writing import SplitWriter
+    """Random 16-channel latents of 4 x 4: 40 samples to train on, 8 others."""
+    from data_pipeline.synthetic import write_random_set
 
-    generator = torch.Generator().manual_seed(0)
-    encoder = TokenTableEncoder(vocabulary(PROMPTS), dim=64)
-    bucket_lists = {}
-    for split, count in {"train": 40, "test": 8}.items():
-        writer = SplitWriter(root / split, encoder, 1 << 20, keep_images=False)
-        samples = [RawSample(f"{split}-{i:03d}", PROMPTS[i % len(PROMPTS)], b"") for i in range(count)]
-        writer.write(samples, torch.randn(count, 16, 4, 4, generator=generator))
-        bucket_lists[split] = writer.finish()
-    DatasetDescription(
-        root=root,
-        bucket_lists=bucket_lists,
-        codec={"kind": "block_dct", "image_channels": 1, "block": 4, "scale": 1.0},
-        prompt_encoder=encoder.describe(),
-        prompt_dim=encoder.dim,
-        prompts=tuple(sorted(PROMPTS)),
-        source={"name": "random"},
-        request={},
-        created_by={},
-    ).write()
+    write_random_set(root, prompts=PROMPTS)
 
 
 def write_diffusers_teacher(pipeline: Path, **changes: object) -> Path:

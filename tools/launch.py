@@ -21,7 +21,10 @@ def launch(overrides: list[str]) -> None:
         print(f"Everything checked; {config.launch.processes} processes would train in {run_dir}.")
         return
     if (previous := set_aside(config)) is not None:
-        print(f"checkpoint.resume=false: the earlier training is kept in {previous}.")
+        if config.checkpoint.goes_back:
+            print(f"checkpoint.resume={config.checkpoint.resume}: the later checkpoints are kept in {previous}.")
+        else:
+            print(f"checkpoint.resume=false: the earlier training is kept in {previous}.")
     path = run_dir / "config.yaml"
     save_config(config, path)
     run_workers("piflow_dist.train", [str(path)], config.launch, run_dir / "logs")

@@ -1,9 +1,12 @@
 """Progress for people: a live bar on a terminal, plain lines with the remaining time elsewhere."""
 
 import logging
+import os
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -48,16 +51,25 @@ class StepProgress:
             self.bar.stop()
 
 
-def start_logging(rank: int, log_file: str | None) -> None:
-    """Warnings and messages to stderr on rank 0, everything to the rank's log file."""
-    handlers: list[logging.Handler] = []
+def start_logging(rank: int, folder: Path, level: str = "INFO") -> TextIO:
+    """Messages of this package to folder/rank_N.log and, on rank 0, to stderr. Returns the stream of the job's own output.
+
+    Under srun all ranks share one output; as torchrun does, what ranks other than 0 print goes to a file, rank_N.out.
+    """
+    console = sys.stderr
+    if rank != 0 and "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        console = os.fdopen(os.dup(2), "w")
+        output = os.open(folder / f"rank_{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.close(output)
+    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank}.log")]
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stderr))
-    if log_file:
-        handlers.append(logging.FileHandler(log_file))
     layout = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
     for handler in handlers:
         handler.setFormatter(layout)
     root = logging.getLogger()
     root.handlers, root.level = handlers, logging.WARNING
-    logging.getLogger("piflow_dist").setLevel(logging.INFO)
+    logging.getLogger("piflow_dist").setLevel(level)
+    return console

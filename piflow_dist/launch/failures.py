@@ -6,7 +6,7 @@ Without it, every rank whose partner died reports a failed collective of its own
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,9 +32,11 @@ class Failure:
     step: int
     """The step (from 1) that was under way; 0 while the run was being built."""
     phase: str
+    reason: str
+    """In a line or two."""
     text: str
-    """Traceback, or stacks of all threads."""
-    others: dict[str, str]
+    """Traceback, or stacks of all threads, with the reason at the end."""
+    others: dict[str, str] = field(default_factory=dict)
     """rank -> "step N, phase" of the other ranks; "does not answer" where they did not say."""
 
     def describe(self) -> str:
@@ -99,22 +101,20 @@ class Failures:
         except dist.DistError:
             log.warning("rank 0 is gone, and the store of the job with it")
 
-    def report(self, step: int, phase: str, text: str) -> Failure | None:
+    def report(self, failure: Failure) -> Failure | None:
         """Report this rank's failure. Returns it as kept in the run folder, or None where another rank's came first."""
         try:
             if self.store.compare_set(KEY, "", str(self.rank)).decode() != str(self.rank):
-                self.answer(step, phase)
+                self.answer(failure.step, failure.phase)
                 return None
-            return self.keep(step, phase, text, self._collect())
+            return self.keep(failure, self._collect())
         except dist.DistError:
-            return self.keep(step, phase, text)
+            return self.keep(failure)
 
-    def keep(self, step: int, phase: str, text: str, said: dict[int, str] | None = None) -> Failure:
-        """Write the failure to the run folder. said: what other ranks answered."""
-        others = {
-            str(rank): (said or {}).get(rank, SILENT) for rank in range(self.world_size) if rank != self.rank
-        }
-        failure = Failure(self.rank, step, phase, text, others)
+    def keep(self, failure: Failure, said: dict[int, str] | None = None) -> Failure:
+        """Write a failure to the run folder, with what other ranks answered."""
+        others = {str(rank): (said or {}).get(rank, SILENT) for rank in range(self.world_size) if rank != self.rank}
+        failure = replace(failure, others=others)
         write_atomic(failure_path(self.run_dir), json.dumps(asdict(failure)))
         return failure
 

@@ -1,5 +1,6 @@
 """Run a module in N processes of this machine (torch's elastic agent): logs per rank, all ended when one fails."""
 
+import importlib
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from piflow_dist.config import ConfigError, LaunchConfig
+from piflow_dist.launch.failures import failure_path, read_failure
 from piflow_dist.parallel.topology import LAUNCHER_PID
 
 
@@ -61,6 +63,7 @@ def run_workers(module: str, arguments: list[str], launch: LaunchConfig, log_dir
     check_port(launch.port)
     check_devices(launch)
     log_dir.mkdir(parents=True, exist_ok=True)
+    failure_path(log_dir.parent).unlink(missing_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(launch.threads or default_threads(launch.processes))
     # Libraries tell users what their own authors should change; -W or PYTHONWARNINGS brings it back.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
@@ -74,6 +77,7 @@ def run_workers(module: str, arguments: list[str], launch: LaunchConfig, log_dir
         rdzv_endpoint=f"127.0.0.1:{launch.port}",
         local_addr="127.0.0.1",
         max_restarts=0,
+        start_method="fork",  # of launch.start=fork; fresh interpreters are started otherwise
         monitor_interval=0.2,
         # Ctrl-C is left to Python: the agent would pass SIGINT on, which workers ignore, and wait half a minute for them.
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
@@ -82,15 +86,33 @@ def run_workers(module: str, arguments: list[str], launch: LaunchConfig, log_dir
         ),
     )
     try:
-        elastic_launch(config, sys.executable)("-m", module, *arguments)
+        if launch.start == "fork":
+            elastic_launch(config, run_forked)(module, arguments)
+        else:
+            elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as failure:
         raise WorkerFailed(describe(failure, log_dir)) from failure
     except SignalException as stop:
         raise KeyboardInterrupt(signal.Signals(stop.sigval).name) from stop
 
 
+def run_forked(module: str, arguments: list[str]) -> None:
+    """`python -m module *arguments` in a copy of the launcher: its imports stay, its answers to signals do not."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which OpenMP read when the launcher was loaded
+    sys.argv = [module, *arguments]
+    importlib.import_module(module).main()
+
+
 def describe(failure: "ChildFailedError", log_dir: Path) -> str:
     rank, first = failure.get_first_failure()
+    known = read_failure(log_dir.parent)
+    if known is not None and first.exitcode > 0:
+        where = f"in step {known.step}, {known.phase}" if known.step else f"before the first step ({known.phase})"
+        return (
+            f"Process {known.rank} failed {where}; the other processes were ended too. Logs: {log_dir}.\n{known.reason}"
+        )
     if first.exitcode < 0:
         cause = f"was ended by {signal.Signals(-first.exitcode).name}"
     else:

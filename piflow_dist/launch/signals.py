@@ -30,6 +30,10 @@ class StopRequest:
     def made(self) -> bool:
         return self.first is not None
 
+    @property
+    def name(self) -> str:
+        return "another rank's signal" if self.first is None else self.first.name
+
     def _ignore(self, number: int, frame: FrameType | None) -> None:
         """A handler must be there for the pipe to be written."""
 

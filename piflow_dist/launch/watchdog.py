@@ -16,19 +16,38 @@ from collections import deque
 from pathlib import Path
 from typing import TextIO
 
-from piflow_dist.config import WatchdogConfig
+from piflow_dist.config import Config, WatchdogConfig
 from piflow_dist.launch.exits import FAILED, HUNG, STOPPED_AT_ONCE
 from piflow_dist.launch.failures import ANSWERS, Failure, Failures, is_lost_partner
 from piflow_dist.launch.signals import StopRequest
+from piflow_dist.parallel.topology import Topology
 
 log = logging.getLogger(__name__)
 
+END_TIME = "PIFLOW_END_TIME"
+"""Variable: when the job's time is up, in seconds since 1970. SLURM has had one of its own since 23.02."""
+RESERVE = 15.0
+"""Seconds before that at which a stopped process is gone, so that the job is still there to be requeued."""
 TICK = 0.5
 """Seconds between looks at the clock and at the store."""
 STEPS = 31
 """Steps of the running median."""
 BEYOND = 60.0
 """Seconds after its limit at which a process is ended by a timer that needs no Python: something holds the interpreter."""
+
+
+def start_watchdog(config: Config, topology: Topology, logs: Path, console: TextIO) -> "Watchdog":
+    """The watchdog of this process, and its signals; needs the environment that start_process_group has set."""
+    failures = Failures(
+        topology.rank,
+        topology.world_size,
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        Path(config.run_dir),
+    )
+    end = os.environ.get(END_TIME) or os.environ.get("SLURM_JOB_END_TIME")
+    stop_before = float(end) - RESERVE if end else None
+    return Watchdog(config.watchdog, failures, StopRequest(), logs / f"rank_{topology.rank}.log", console, stop_before)
 
 
 class StepClock:
@@ -135,26 +154,29 @@ class Watchdog:
             f"{limit:.1f} s: a step takes {typical}, watchdog.factor={config.factor:g}, "
             f"watchdog.minimum_seconds={config.minimum_seconds:g}, watchdog.startup_seconds={config.startup_seconds:g}."
         )
-        self._end(HUNG, *self._report(f"{message}\n{self._stacks()}"))
+        self._end(HUNG, *self._report(message, f"{self._stacks()}{message}"))
 
     def failed(self, error: BaseException) -> None:
-        """The main thread has raised: report it, unless all it says is that another rank has failed. Ends this process."""
-        if is_lost_partner(error) and self.failures.wait_for_another(self.request):
-            threading.Event().wait()  # _watch_others ends this process
+        """The main thread has raised: report it, unless all it says is that another rank is gone. Ends this process."""
+        text = "".join(traceback.format_exception(error))
+        if is_lost_partner(error):
+            if self.failures.wait_for_another(self.request):
+                threading.Event().wait()  # _watch_others ends this process
+            if self.request.made:  # the launcher has seen that rank end, and ends the others
+                self._end(FAILED, f"Another rank is gone. Here, in step {self.step}, {self.phase}: {text}")
         with self.ending:
-            self._end(FAILED, *self._report("".join(traceback.format_exception(error))))
+            self._end(FAILED, *self._report(traceback.format_exception_only(error)[-1].strip(), text))
 
-    def _report(self, text: str) -> tuple[str, bool]:
+    def _report(self, reason: str, text: str) -> tuple[str, bool]:
         """What to say, and whether everybody should hear it; within seconds even where the store is what hangs."""
         kept: list[Failure | None] = []
-        thread = threading.Thread(
-            target=lambda: kept.append(self.failures.report(self.step, self.phase, text)), daemon=True
-        )
+        failure = Failure(self.failures.rank, self.step, self.phase, reason, text)
+        thread = threading.Thread(target=lambda: kept.append(self.failures.report(failure)), daemon=True)
         thread.start()
         thread.join(3 * ANSWERS)
-        failure = kept[0] if kept else self.failures.keep(self.step, self.phase, text)
-        if failure is not None:
-            return failure.describe(), True
+        first = kept[0] if kept else self.failures.keep(failure)
+        if first is not None:
+            return first.describe(), True
         return f"Another rank failed first. Here, in step {self.step}, {self.phase}: {text}", False
 
     def _stacks(self) -> str:

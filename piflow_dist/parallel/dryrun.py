@@ -181,7 +181,9 @@ def trace_step(config: Config, topology: Topology, latent: tuple[int, int], text
     shallow += period * (shallow < 2)  # the last block is unlike the others: nothing reads its text tokens
     if shallow + period >= depth or not uniform(config):
         return trace_depth(config, depth, topology, latent, text_length, step)
-    first, second = (trace_depth(config, layers, topology, latent, text_length, step) for layers in (shallow, shallow + period))
+    first, second = (
+        trace_depth(config, layers, topology, latent, text_length, step) for layers in (shallow, shallow + period)
+    )
     return extrapolate(first, second, (depth - shallow) / period)
 
 

@@ -118,7 +118,11 @@ class Planner:
         checkpoint = share.trained_whole / share.trained_shard * (share.optimizer + 2 * share.ema)
         copies = {"processes": PROCESS, "in host memory": host, "a checkpoint's copy": share.optimizer + 2 * share.ema}
         if cluster.device == "cpu":  # all memory is host memory
-            copies = {"as above": sum(components.values()), "in host memory": host, "a checkpoint's copy": copies["a checkpoint's copy"]}
+            copies = {
+                "as above": sum(components.values()),
+                "in host memory": host,
+                "a checkpoint's copy": copies["a checkpoint's copy"],
+            }
         return Plan(
             config=config,
             share=share,
@@ -208,7 +212,9 @@ def residents(config: Config, share: RankBytes) -> tuple[dict[str, float], float
         "EMA (fp32)": share.ema,
     }
     if config.parallel.offload_optimizer:
-        return on_gpu, sum(state.values()) + share.gradients + share.update / 2  # gradients once more, as the update reads them
+        return on_gpu, sum(
+            state.values()
+        ) + share.gradients + share.update / 2  # gradients once more, as the update reads them
     return on_gpu | state, 0
 
 
@@ -270,7 +276,9 @@ def step_traffic(config: Config, share: RankBytes, record: Record, micro_batches
         rows.append(Traffic(name, link, count, count * each, rounds * count * max(inside, between)))
 
     passes = record.calls
-    over_data_parallel("all-gather of weights, student forward", passes["student forward"] * micro_batches, share.student_pass)
+    over_data_parallel(
+        "all-gather of weights, student forward", passes["student forward"] * micro_batches, share.student_pass
+    )
     # A recomputed block is gathered for its forward pass and again for its backward pass.
     backward = passes["backward"] * micro_batches * (1 + recomputed_share(config))
     over_data_parallel("all-gather of weights, backward", backward, share.student_pass)

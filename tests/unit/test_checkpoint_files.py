@@ -20,7 +20,6 @@ from piflow_dist.checkpoint.files import (
     CheckpointError,
     file_digest,
     newest_complete,
-    remove_old,
     shard_name,
     step_name,
     steps_on_disk,
@@ -28,6 +27,7 @@ from piflow_dist.checkpoint.files import (
     write_atomic,
 )
 from piflow_dist.checkpoint.reader import load_checkpoint
+from piflow_dist.checkpoint.retention import Retention, remove_old
 from piflow_dist.checkpoint.runs import resolve_checkpoint
 
 SHAPES = {"head.weight": (3, 5), "norm.bias": (7,), "scalar": (1,), "even": (4, 2), "column": (8, 3), "row": (3, 8)}
@@ -173,7 +173,7 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
         write_checkpoint(tmp_path, step)
     (tmp_path / f".{step_name(5)}.removed").mkdir()
     (tmp_path / f".{step_name(15)}.tmp").mkdir()
-    remove_old(tmp_path, keep=2)
+    remove_old(tmp_path, Retention(keep=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, step_name(30), step_name(40)]
 
 
@@ -183,7 +183,7 @@ def test_retention_never_removes_the_checkpoint_that_was_just_written(tmp_path: 
         truncate(write_checkpoint(tmp_path, step) / shard_name(0))
     write_checkpoint(tmp_path, 90)
     written = write_checkpoint(tmp_path, 95)
-    remove_old(tmp_path, keep=1, newest=95)
+    remove_old(tmp_path, Retention(keep=1), newest=95)
     assert newest_complete(tmp_path)[0] == written
     assert 90 not in steps_on_disk(tmp_path)
 
