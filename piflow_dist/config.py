@@ -358,9 +358,15 @@ class LaunchConfig:
     """Check everything, print the resolved configuration and stop."""
     log_level: str = "INFO"
     """Of the package's messages: DEBUG, INFO, WARNING or ERROR."""
+    hours: float = 24.0
+    """+cluster: time limit of the job, which goes on after it by itself."""
+    warning_seconds: int = 300
+    """+cluster: time before the limit at which the job is told to save and to end. More than a step and a save take."""
+    follow: bool = False
+    """+cluster: show the job's log until it ends."""
 
     def __post_init__(self):
-        require_positive("launch", self, "processes", "timeout_seconds")
+        require_positive("launch", self, "processes", "timeout_seconds", "hours", "warning_seconds")
         require_choice("launch.log_level", self.log_level, ("DEBUG", "INFO", "WARNING", "ERROR"))
         require_choice("launch.device", self.device, ("auto", "cpu", "cuda"))
         require_choice("launch.start", self.start, ("fresh", "fork"))
@@ -402,6 +408,8 @@ class ClusterConfig:
     """Processes per node: one per GPU, or per share of its cores where device=cpu."""
     gpu: str = MISSING
     """What a process computes on, for people."""
+    scheduler: str = "slurm"
+    """slurm: runs are submitted; none: they run on this machine."""
     device: str = "cuda"
     """cuda or cpu."""
     gpu_memory_gib: float = MISSING
@@ -423,6 +431,7 @@ class ClusterConfig:
 
     def __post_init__(self):
         require_choice("cluster.device", self.device, ("cuda", "cpu"))
+        require_choice("cluster.scheduler", self.scheduler, ("slurm", "none"))
         sizes = ("nodes", "gpus_per_node", "gpu_memory_gib", "peak_tflops", "host_memory_gib")
         require_positive("cluster", self, *sizes, "intra_node_gb_s", "inter_node_gb_s")
         require(0 < self.achieved_share <= 1, f"cluster.achieved_share={self.achieved_share} must lie in (0, 1].")

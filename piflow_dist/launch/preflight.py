@@ -16,13 +16,18 @@ from piflow_dist.models.weights import check_fits
 
 def check_run(config: Config) -> None:
     """Raise ConfigError where the run could not work on this machine."""
+    check_request(config)
+    check_port(config.launch.port)
+    check_devices(config.launch)
+
+
+def check_request(config: Config) -> None:
+    """Raise ConfigError where the run could not work on any machine that sees these files."""
     check_writable(Path(config.run_dir))
     check_data(config)
     if config.distils:
         check_teacher(config)
     check_continuation(config)
-    check_port(config.launch.port)
-    check_devices(config.launch)
 
 
 def check_writable(folder: Path) -> None:
