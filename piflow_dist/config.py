@@ -565,7 +565,7 @@ def load_config(overrides: list[str], schema: type = Config, name: str = "train"
         return OmegaConf.to_object(composed)
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's answer to group=null
         raise ConfigError(explain(error, OmegaConf.structured(schema))) from error
 
 

@@ -91,7 +91,7 @@ resumable() {
 train() {
     local run_dir
     run_dir=$(alone -m piflow_dist.launch.batch prepare "$@") || exit
-    everywhere -m piflow_dist.train "$run_dir/config.yaml"
+    everywhere -m piflow_dist.launch.task "$run_dir/config.yaml"
     after_training "$run_dir" $?
 }
 

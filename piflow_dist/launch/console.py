@@ -23,7 +23,8 @@ class StepProgress:
         self.bar = None
 
     def __enter__(self) -> "StepProgress":
-        if console.is_terminal:
+        # Not rich's word alone: FORCE_COLOR would draw bars into log files.
+        if console.is_terminal and sys.stdout.isatty():
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

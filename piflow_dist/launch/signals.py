@@ -15,6 +15,11 @@ REPEATED = 5.0
 """Seconds in which further signals are the same request: SLURM sends one to srun, which passes it on, and to its tasks."""
 
 
+def hold() -> None:
+    """Let signals wait until a StopRequest is there: starting a process takes longer than SLURM may be willing to wait."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+
+
 class StopRequest:
     """What has been asked of this process so far. To be made in the main thread."""
 
@@ -24,7 +29,9 @@ class StopRequest:
         self.pipe, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self.previous = {number: signal.signal(number, self._ignore) for number in STOPPING}
+        for number in STOPPING:
+            signal.signal(number, self._ignore)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     @property
     def made(self) -> bool:
@@ -51,9 +58,3 @@ class StopRequest:
             elif now - self.first_at > REPEATED:
                 return True
         return False
-
-    def restore(self) -> None:
-        """The handlers that were there before."""
-        signal.set_wakeup_fd(-1)
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

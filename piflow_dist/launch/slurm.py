@@ -20,6 +20,7 @@ from submitit.helpers import DelayedSubmission
 from submitit.slurm.slurm import _make_sbatch_string
 
 from piflow_dist.config import CONFIG_DIR, Config, ConfigError, require
+from piflow_dist.launch import task
 from piflow_dist.launch.batch import prepare_run_dir
 
 ROOT = CONFIG_DIR.parent
@@ -33,9 +34,7 @@ class Training:
     config_file: str
 
     def __call__(self) -> None:
-        from piflow_dist.train import main
-
-        sys.exit(main(self.config_file))
+        sys.exit(task.main(self.config_file))
 
     def checkpoint(self) -> DelayedSubmission:
         """submitit's own answer to SIGUSR2, until the trainer has put its own in place: the same again."""

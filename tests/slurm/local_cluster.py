@@ -172,6 +172,7 @@ SlurmdTimeout=10
 SlurmdParameters=config_overrides
 KillWait=20
 JobRequeue=1
+OverTimeLimit=30
 GresTypes=gpu
 NodeName={names} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs=2 RealMemory=1000 Gres=gpu:4 State=UNKNOWN
 PartitionName=test Nodes={names} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
