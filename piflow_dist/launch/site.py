@@ -27,10 +27,12 @@ def load_site() -> None:
     path = site_file()
     if path is None:
         return
-    script = 'set -ae; source "$1" > /dev/null; env -0'
+    script = 'env -0; printf "%s\\0" "$1"; set -ae; source "$1" > /dev/null; env -0'
     done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True)
     if done.returncode != 0:
         raise ConfigError(f"{path} cannot be sourced: {done.stderr.strip()}")
-    variables = (line.partition("=")[::2] for line in done.stdout.split("\0") if "=" in line)
-    os.environ |= {name: value for name, value in variables if not name.startswith("BASH_FUNC_") and name != "_"}
+    words = done.stdout.split("\0")
+    before, after = words[: words.index(str(path))], words[words.index(str(path)) + 1 :]
+    changed = (word.partition("=")[::2] for word in set(after) - set(before) if "=" in word)
+    os.environ |= {name: value for name, value in changed if not name.startswith("BASH_FUNC_")}
     os.environ[SITE] = str(path)  # jobs find it wherever they start
