@@ -16,11 +16,9 @@ from typing import Any
 
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.helpers import DelayedSubmission
 from submitit.slurm.slurm import _make_sbatch_string
 
 from piflow_dist.config import CONFIG_DIR, Config, ConfigError, require
-from piflow_dist.launch import task
 from piflow_dist.launch.batch import prepare_run_dir
 
 ROOT = CONFIG_DIR.parent
@@ -29,16 +27,26 @@ POLL = 1.0
 
 @dataclass(frozen=True)
 class Training:
-    """What every task of a job runs."""
+    """What every task of a job runs. It answers signals itself, so submitit's own checkpointing has nothing to do."""
 
     config_file: str
 
     def __call__(self) -> None:
-        sys.exit(task.main(self.config_file))
+        from piflow_dist.train import main
 
-    def checkpoint(self) -> DelayedSubmission:
-        """submitit's own answer to SIGUSR2, until the trainer has put its own in place: the same again."""
-        return DelayedSubmission(self)
+        sys.exit(main(self.config_file))
+
+
+class Executor(SlurmExecutor):
+    """submitit's, with tasks that hold signals from their start (launch/task.py)."""
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return task_command(self.folder)
+
+
+def task_command(folder: Path) -> str:
+    return f"{interpreter()} -u -m piflow_dist.launch.task --submitit {shlex.quote(str(folder))}"
 
 
 @dataclass(frozen=True)
@@ -116,17 +124,15 @@ def interpreter() -> str:
 def batch_script(configs: list[Config]) -> str:
     """The script that submit() hands to sbatch."""
     folder, count = jobs_folder(configs), len(configs)
-    command = f"{interpreter()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     array = {"map_count": count} if count > 1 else {}
-    return _make_sbatch_string(command=command, folder=folder, **parameters(configs), **array)
+    return _make_sbatch_string(command=task_command(folder), folder=folder, **parameters(configs), **array)
 
 
 def submit(configs: list[Config]) -> list[Submitted]:
     """Submit one job for the run, or an array of jobs for several. Raises ConfigError with sbatch's words where it refuses."""
     for config in configs:
         prepare_run_dir(config)
-    # A job's end by the time limit is no failure here: it goes on as often as it takes.
-    executor = SlurmExecutor(jobs_folder(configs), max_num_timeout=1_000_000, python=interpreter())
+    executor = Executor(jobs_folder(configs))
     executor.update_parameters(**parameters(configs))
     trainings = [Training(str(Path(config.run_dir).resolve() / "config.yaml")) for config in configs]
     try:

@@ -111,7 +111,7 @@ def tasks_on(cluster: LocalCluster, node: str) -> dict[int, int]:
         except OSError:
             continue
         variables = dict(word.partition("=")[::2] for word in words if "=" in word)
-        if b"submitit.core._submit" in command and variables.get("SLURMD_NODENAME") == node:
+        if b"piflow_dist.launch.task" in command and variables.get("SLURMD_NODENAME") == node:
             rank = variables.get("SLURM_PROCID")
             if rank is not None and b"srun" not in command:
                 found[pid] = int(rank)
