@@ -255,6 +255,6 @@ PartitionName=test Nodes={names} Default=YES MaxTime=INFINITE State=UP OverSubsc
         return self.job(job)
 
     def start_now(self, job: str) -> None:
-        """A requeued job waits for two minutes by itself."""
+        """A requeued job waits for two minutes by itself. In the second of its requeue it cannot start: "credential revoked"."""
         self.wait_for_state(job, "PENDING")
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")

@@ -147,14 +147,18 @@ def disturb(slurm: LocalCluster, course: Disturbed) -> None:
         slurm.wait_until(lambda: requeued(restarts), f"requeue after {kind}: {read_log(course)}")
         course.saved[kind], course.reached[kind] = checkpoint_step(course.run_dir), steps_done(course.run_dir)
 
-    def requeued(restarts: int) -> bool:
+    def alive() -> dict[str, str]:
         found = slurm.job(course.job)
-        assert found["JobState"] not in ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT"), read_log(course)
+        assert found["JobState"] not in ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT"), (found, read_log(course))
+        return found
+
+    def requeued(restarts: int) -> bool:
+        found = alive()
         return found["JobState"] == "PENDING" and found["Restarts"] == str(restarts)
 
     def running_until(step: int) -> None:
         slurm.start_now(course.job)
-        slurm.wait_until(lambda: steps_done(course.run_dir) >= step, f"step {step}")
+        slurm.wait_until(lambda: steps_done(course.run_dir) >= step or not alive(), f"step {step}")
 
     # The time limit's warning; it may come while the processes are still starting.
     pending("time limit", 1)
