@@ -362,6 +362,8 @@ class LaunchConfig:
     """+cluster: time limit of the job, which goes on after it by itself."""
     warning_seconds: int = 300
     """+cluster: time before the limit at which the job is told to save and to end. More than a step and a save take."""
+    must_fit: bool = True
+    """+cluster: refuse to submit what does not fit by the planner (tools/plan.py)."""
     follow: bool = False
     """+cluster: show the job's log until it ends."""
 

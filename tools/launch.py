@@ -33,6 +33,10 @@ def launch_here(config: Config) -> None:
     for line in describe_continuation(config):
         print(line)
     if config.launch.dry_run:
+        if config.cluster is not None:
+            from piflow_dist.launch.cluster import plan
+
+            plan(config)
         print(f"Everything checked; {config.launch.processes} processes would train in {run_dir}.")
         return
     if (previous := set_aside(config)) is not None:

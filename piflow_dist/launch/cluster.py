@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from rich.console import Console
+
 from piflow_dist.config import Config, require
 from piflow_dist.launch.continuation import describe_continuation, set_aside
 from piflow_dist.launch.preflight import check_request
@@ -24,6 +26,7 @@ def launch_on_cluster(configs: list[Config]) -> None:
         check_request(config)
         for line in describe_continuation(config):
             print(line)
+        plan(config)
     if first.launch.dry_run:
         print(f"\nThe batch script:\n\n{batch_script(configs)}")
         print(f"Everything checked; {describe(configs)} would be submitted.")
@@ -38,6 +41,23 @@ def launch_on_cluster(configs: list[Config]) -> None:
     if first.launch.follow:
         state = follow(jobs[0])
         print(f"Job {jobs[0].job}: {state.lower()}.")
+
+
+def plan(config: Config) -> None:
+    """Show the plan where nothing is submitted. Raises ConfigError where the run does not fit and is to be submitted."""
+    # Imported here: it follows the model, which runs on this machine need not wait for.
+    from piflow_dist.launch.plan_report import print_plan
+    from piflow_dist.parallel.memory import Planner, data_shape
+
+    planner = Planner(data_shape(config, None, None))
+    found = planner.plan(config)
+    if config.launch.dry_run or not found.fits:
+        print_plan(planner, found, Console())
+    require(
+        found.fits or config.launch.dry_run or not config.launch.must_fit,
+        f"{config.run_dir} does not fit on {config.cluster.gpu} by the plan above, and no job was submitted. Change the settings "
+        "as proposed there, or set launch.must_fit=false to try it all the same.",
+    )
 
 
 def describe(configs: list[Config]) -> str:

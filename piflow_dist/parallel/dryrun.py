@@ -95,7 +95,7 @@ class RankBytes:
     kept_whole: int
     """Small parameters that every rank keeps whole, beside their shards."""
     masters: int
-    """fp32 weights of what is trained. 0 where training is in fp32: they are the weights."""
+    """fp32 weights of what is trained: a copy also where training is in fp32."""
     optimizer: int
     ema: int
     gradients: int
@@ -137,12 +137,11 @@ def rank_bytes(config: Config, models: Models, topology: Topology) -> RankBytes:
     others = [p for p in trained.values() if id(p) not in chosen]
     count, matrices_count = shards(list(trained.values())), shards(matrices)
     moments = {"adamw": 8, "muon": 8, "sgd": 4 if config.optim.momentum else 0}[config.optim.type]
-    own_masters = config.train.dtype != "fp32" or parallel.offload_optimizer
     blocks = list(models.trained.transformer_blocks)
     return RankBytes(
         weights=size * shards(everything),
         kept_whole=size * sum(p.numel() for p in everything if p.numel() <= parallel.persistence_threshold) * (dp > 1),
-        masters=4 * count if own_masters else 0,
+        masters=4 * count,
         optimizer=moments * (count - matrices_count) + size * matrices_count,  # Muon's momentum has the messages' dtype
         ema=4 * count,
         gradients=4 * count,
@@ -222,7 +221,7 @@ def trace_depth(
             text_BLD = torch.empty(images, text_length, dim, device="meta")
             mask_BL = torch.empty(images, text_length, device="meta", dtype=torch.bool)
             empty_LD = torch.empty(1, dim, device="meta")
-            batch = Batch(torch.randn(images, channels, *small), text_BLD, mask_BL, empty_LD)
+            batch = MetaBatch(torch.randn(images, channels, *small), text_BLD, mask_BL, empty_LD)
             match config.objective:
                 case "flow_matching":
                     flow_matching_step(student, batch, config, schedule, 1.0, generator)
@@ -233,6 +232,13 @@ def trace_depth(
                 case unknown:
                     raise ValueError(f"objective={unknown} has no training step.")
     return tracker.record
+
+
+class MetaBatch(Batch):
+    """Images on the CPU, text on the meta device."""
+
+    def without_prompts(self, drop_B: Tensor | None = None) -> Batch:
+        return super().without_prompts(None if drop_B is None else drop_B.to("meta"))
 
 
 def drop_gradient(parameter: nn.Parameter) -> None:
@@ -248,9 +254,10 @@ class TracedStudent:
     def __call__(self, x_BCHW: Tensor, *others: Tensor | None) -> Any:
         with self.tracker.during("student forward"):
             outputs = self.module(*on_meta(x_BCHW, self.latent, others))
-        self.tracker.record.kept = max(self.tracker.record.kept, self.tracker.network)
         small = x_BCHW.shape[-2:]
-        return tree_map(lambda value: Shrink.apply(value, small, self.tracker), outputs)
+        shrunk = tree_map(lambda value: Shrink.apply(value, small, self.tracker), outputs)
+        self.tracker.record.kept = max(self.tracker.record.kept, self.tracker.network)
+        return shrunk
 
     def backward(self, loss: Tensor) -> None:
         with self.tracker.during("backward"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.description import FILE_NAME, load_description
 from data_pipeline.prompts import load_prompt_encoder
-from piflow_dist.config import ClusterConfig, Config, ConfigError, require
+from piflow_dist.config import CONFIG_DIR, ClusterConfig, Config, ConfigError, require
 from piflow_dist.parallel.dryrun import RankBytes, build_models, fake_world, rank_bytes, trace_step
 from piflow_dist.parallel.tracker import Record
 from piflow_dist.parallel.zero import DTYPES
@@ -163,7 +163,8 @@ class Planner:
         return self.plan(config)
 
     def _cluster(self, config: Config) -> ClusterConfig:
-        require(config.cluster is not None, "A plan needs a cluster. Add +cluster=NAME, a file of configs/cluster/.")
+        names = ", ".join(sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml")))
+        require(config.cluster is not None, f"A plan needs a cluster. Add +cluster=NAME, one of: {names}.")
         return config.cluster
 
     def _share(self, config: Config, rank: int) -> RankBytes:
@@ -262,8 +263,7 @@ def step_traffic(config: Config, share: RankBytes, record: Record, micro_batches
     """All messages of a step but the few bytes of losses and norms."""
     cluster, tp = config.cluster, config.parallel.tp
     dp = cluster.world_size // tp
-    size, blocks = DTYPES[config.train.dtype].itemsize, config.model.num_layers
-    rows = []
+    size, rows = DTYPES[config.train.dtype].itemsize, []
 
     def over_data_parallel(name: str, count: float, each: float, rounds: int = 1) -> None:
         """each: bytes of the whole, of which a rank has its part before (all-gather) or after (reduce-scatter)."""
@@ -279,9 +279,8 @@ def step_traffic(config: Config, share: RankBytes, record: Record, micro_batches
     over_data_parallel(
         "all-gather of weights, student forward", passes["student forward"] * micro_batches, share.student_pass
     )
-    # A recomputed block is gathered for its forward pass and again for its backward pass.
-    backward = passes["backward"] * micro_batches * (1 + recomputed_share(config))
-    over_data_parallel("all-gather of weights, backward", backward, share.student_pass)
+    # Recomputed blocks stay gathered from their second forward pass to their backward pass.
+    over_data_parallel("all-gather of weights, backward", passes["backward"] * micro_batches, share.student_pass)
     over_data_parallel("all-gather of weights, teacher", passes["teacher"] * micro_batches, share.teacher_pass)
     muon = config.optim.type == "muon"  # DeepSpeed's Muon wants whole gradients
     name = "all-reduce of gradients" if muon else "reduce-scatter of gradients"
@@ -293,7 +292,6 @@ def step_traffic(config: Config, share: RankBytes, record: Record, micro_batches
         name = f"tensor-parallel {kind}, {phase}"
         count = messages.count * micro_batches
         rows.append(Traffic(name, "inside a node", count, messages.bytes * micro_batches, seconds * micro_batches))
-    assert blocks > 0
     return rows
 
 

@@ -1,0 +1,162 @@
+"""The dry run of a rank against ZeRO-3's own shards on real processes, to the byte; and the planned messages."""
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from ranks import run_ranks
+from safetensors.torch import save_file
+
+from piflow_dist.config import Config, load_config
+
+COMMON = (*TINY, "policy.num_components=3", "policy.logstd_inner_dim=15", "train.batch_size=4", "data.root=x", "run_dir=x")
+TIED = ("mode=tied", "lora.rank=3")
+SCENARIOS = {
+    "tied": (*TIED, "train.dtype=bf16", "parallel.recompute_every=1"),
+    "tied, offloaded": (*TIED, "parallel.offload_optimizer=true"),
+    "full": ("mode=full", "train.dtype=bf16"),
+    "full, all shared out": ("mode=full", "parallel.persistence_threshold=0", "optim.type=sgd", "parallel.recompute_every=2"),
+    "full, one kept whole": ("mode=full", "parallel.persistence_threshold=1024", "policy=dx", "policy.num_nodes=3"),
+    "muon": ("mode=full", "optim=muon", "train.dtype=bf16"),
+}
+HELD = ("weights", "kept_whole", "masters", "optimizer", "ema", "gradients")
+WORLDS = {"dp2": (2, 1), "tp2": (2, 2), "dp2 x tp2": (4, 2)}
+"""(processes, of these in a tensor-parallel group)"""
+
+
+def scenarios(tp: int) -> dict[str, tuple[str, ...]]:
+    return {name: options for name, options in SCENARIOS.items() if tp == 1 or name != "muon"}
+
+
+def make_config(name: str, world_size: int, tp: int, teacher: Path) -> Config:
+    world = (f"launch.processes={world_size}", f"parallel.tp={tp}", f"distill.teacher={teacher}")
+    return load_config([*COMMON, *SCENARIOS[name], *world])
+
+
+def measure_rank(rank: int, world_size: int, tp: int, teacher: Path) -> dict[str, dict[str, int]]:
+    from piflow_dist.parallel.topology import Topology
+
+    if tp > 1:
+        from piflow_dist.parallel.groups import start_groups
+
+        start_groups(tp, timedelta(seconds=600))
+    topology = Topology(rank, world_size, rank, torch.device("cpu"), tp)
+    keep_little_gathered()
+    return {name: measure(make_config(name, world_size, tp, teacher), topology) for name in scenarios(tp)}
+
+
+def keep_little_gathered() -> None:
+    """DeepSpeed's defaults (50 million elements ahead, what is read again within 1,000 million) would hold all of a tiny model."""
+    from piflow_dist.parallel import zero
+
+    real = zero.deepspeed_config
+
+    def limited(*arguments: Any) -> dict:
+        config = real(*arguments)
+        config["zero_optimization"] |= {"stage3_max_reuse_distance": 1, "stage3_prefetch_bucket_size": 0}
+        return config
+
+    zero.deepspeed_config = limited
+
+
+def measure(config: Config, topology: Any) -> dict[str, int]:
+    """Bytes that the engines of a run hold after a step, and what they gathered in the passes before it."""
+    import deepspeed
+
+    from piflow_dist.distill.ema import Ema
+    from piflow_dist.models.pretrained import open_teacher, plan_training
+    from piflow_dist.models.qwen_image import plan_model
+    from piflow_dist.parallel.zero import FrozenModel, TiedTeacher, TrainedModel
+
+    model = TrainedModel(*plan_training(config), topology, config.optim, config.parallel, config.train.dtype)
+    engines, teacher = [model.engine], TiedTeacher(model)
+    if config.mode == "full":
+        teacher = FrozenModel(
+            plan_model(config.model), open_teacher(config), topology, config.parallel, config.train.dtype
+        )
+        engines.append(teacher.engine)
+    ema = Ema(model.masters, config.ema.gamma, config.ema.start_step)
+    x, sigma = torch.randn(2, 16, 4, 4), torch.tensor([0.3, 0.9])
+    text, mask = torch.randn(2, 5, 64), torch.ones(2, 5, dtype=torch.bool)
+    passes = {"forward": 0, "teacher": 0, "backward": 0}
+    gather, phase = deepspeed.comm.allgather_fn, "forward"
+
+    def counted(output: torch.Tensor, *others: Any, **options: Any) -> Any:
+        passes[phase] += output.numel() * output.element_size()
+        return gather(output, *others, **options)
+
+    deepspeed.comm.allgather_fn = counted
+    try:
+        for _ in range(3):  # the first pass also gathers what is kept whole; DeepSpeed then learns the order of modules
+            passes, phase = dict.fromkeys(passes, 0), "forward"
+            outputs = model(x, sigma, text, mask)
+            phase = "teacher"
+            with torch.no_grad():
+                teacher(x, sigma, text, mask)
+            phase = "backward"
+            model.backward(sum(value.square().mean() for value in outputs.values()))
+    finally:
+        deepspeed.comm.allgather_fn = gather
+    model.step(1.0, 0.0)
+    parameters = [parameter for engine in engines for parameter in engine.module.parameters()]
+    weights = [parameter.ds_tensor for parameter in parameters]
+    storages = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    states = [value for state in model.optimizer.optimizer.state.values() for value in state.values()]
+    return {
+        "weights": size(weights),
+        "kept_whole": sum(p.ds_numel * p.element_size() for p in parameters if p.ds_persist) * (topology.dp_size > 1),
+        "masters": size([m for m in model.masters if m.untyped_storage().data_ptr() not in storages]),
+        "optimizer": size([value for value in states if torch.is_tensor(value) and value.numel() > 1]),
+        "ema": size(ema.averages),
+        "gradients": size([model.optimizer.grad_partitions_flat_buffer]),
+        **passes,
+        "padding": sum((-p.ds_numel % topology.dp_size) * p.element_size() for p in model.engine.module.parameters()),
+    }
+
+
+def size(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in diffusers' layout."""
+    from piflow_dist.models.pretrained import INDEX
+    from piflow_dist.models.qwen_image import plan_model
+
+    folder = tmp_path_factory.mktemp("base") / "transformer"
+    folder.mkdir()
+    model = plan_model(load_config([*COMMON, "objective=flow_matching"]).model)
+    tensors = {name.removeprefix("head."): torch.full(p.shape, 0.01) for name, p in model.named_parameters()}
+    save_file(tensors, folder / "all.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "all.safetensors")}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(teacher: Path) -> dict[str, list[dict[str, dict[str, int]]]]:
+    return {
+        world: run_ranks(measure_rank, size, size, tp, teacher, time_limit=300) for world, (size, tp) in WORLDS.items()
+    }
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_dry_run_holds_what_zero_holds(measured: dict[str, list], teacher: Path, world: str) -> None:
+    from piflow_dist.parallel.dryrun import build_models, fake_world, rank_bytes
+
+    world_size, tp = WORLDS[world]
+    for name in scenarios(tp):
+        config = make_config(name, world_size, tp, teacher)
+        for rank in range(world_size):
+            with fake_world(world_size, rank, tp) as topology:
+                planned = vars(rank_bytes(config, build_models(config, topology), topology))
+            found = measured[world][rank][name]
+            held = {key: found[key] for key in HELD}
+            assert held == {key: planned[key] for key in HELD}, (world, name, rank)
+            # A pass of a tied model does not read the other head.
+            for phase, most in {"forward": "student_pass", "teacher": "teacher_pass", "backward": "student_pass"}.items():
+                assert 0.92 * planned[most] <= found[phase] <= planned[most] + found["padding"], (name, phase, found)
