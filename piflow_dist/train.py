@@ -37,6 +37,7 @@ from piflow_dist.distill.objectives import (
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.launch.console import StepProgress, start_logging
 from piflow_dist.launch.exits import FINISHED, STOPPED
+from piflow_dist.launch.straggler import StragglerProbe
 from piflow_dist.launch.watchdog import Watchdog, start_watchdog
 from piflow_dist.models.pretrained import open_teacher, plan_training
 from piflow_dist.models.qwen_image import build_teacher, plan_model
@@ -76,6 +77,7 @@ class Run:
     teacher_fingerprint: str | None
     """Saved with the run, which preflight refuses to continue with another teacher."""
     watchdog: Watchdog
+    straggler: StragglerProbe
     saver: CheckpointSaver
     parent: str | None = None
     """The checkpoint that this process went on from."""
@@ -119,6 +121,7 @@ def build_run(config: Config, topology: Topology, watchdog: Watchdog) -> Run:
         state=TrainState(),
         teacher_fingerprint=open_teacher(config).fingerprint() if config.distils else None,
         watchdog=watchdog,
+        straggler=StragglerProbe(topology.device, config.tracking.log_every),
         saver=CheckpointSaver(Path(config.run_dir) / "checkpoints", topology, config.checkpoint),
     )
 
@@ -144,7 +147,9 @@ def train_step(run: Run) -> tuple[Tensor, StepResult]:
         generator = torch.Generator(run.topology.device).manual_seed(seed)
         torch.manual_seed(seed)
         watchdog.enter("data")
+        began = time.perf_counter()
         batch = next_batch(run)
+        run.straggler.add_wait(time.perf_counter() - began)
         watchdog.enter("forward and backward")
         losses.append(micro_step(run, batch, 1 / micro_batches, generator))
     watchdog.enter("optimizer")
@@ -283,6 +288,7 @@ def train(run: Run, tracker: Tracker | None) -> bool:
                 state.loss_smooth = smooth + LOSS_FORGETS * (loss - smooth)
             run.metrics = step_values(run, loss, result, time.perf_counter() - began)
             check_best_metric(run)
+            run.metrics |= run.straggler.measure(state.step)
             save_is_due, settled = run.saver.at_boundary(state.step)
             watchdog.end_step("metrics and checkpoint")
             if tracker is not None:

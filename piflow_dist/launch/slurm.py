@@ -77,10 +77,10 @@ def check_slurm() -> None:
         "+cluster out to train here, or add launch.dry_run=true to see the plan and the script.",
     )
     try:
-        done = subprocess.run(["sinfo", "--noheader", "--format=%P"], capture_output=True, text=True, timeout=8)
-        answer = done.stderr.strip() if done.returncode else ""
+        done = subprocess.run(["sinfo", "--noheader", "--format=%P"], capture_output=True, text=True, timeout=5)
+        answer = done.stderr.strip().splitlines()[-1] if done.returncode else ""
     except subprocess.TimeoutExpired:
-        answer = "no answer within 8 seconds"
+        answer = "no answer within 5 seconds"
     require(not answer, f"SLURM cannot be asked for its partitions: {answer}. Is its controller up (scontrol ping)?")
 
 

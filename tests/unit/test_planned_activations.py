@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from piflow_dist.config import Config, load_config
 from piflow_dist.distill.objectives import (
