@@ -102,6 +102,7 @@ after_training() {
     decision=$?
     # exits.STOPPED. A job that is cancelled, or that SLURM itself requeues, is not running any more.
     if [ $decision = 75 ] && scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then
+        echo "Job $SLURM_JOB_ID goes back to the queue." >&2
         scontrol requeue "$SLURM_JOB_ID" || echo "This job cannot be requeued: submit it again, it goes on from its checkpoint." >&2
         if [ "$delay" -gt 0 ]; then scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$delay"; fi
     fi

@@ -38,7 +38,7 @@ def decide(run_dir: Path, job: str, code: int) -> Decision:
     if code == FINISHED:
         return Decision(FINISHED, 0, f"Finished at step {step}.")
     if code in CONTINUED:
-        return Decision(STOPPED, 0, f"Stopped at step {step}; the job is requeued and goes on.")
+        return Decision(STOPPED, 0, f"Stopped at step {step}.")
     if code == REFUSED:
         return Decision(REFUSED, 0, "The request cannot work; the job is not tried again.")
     failure = read_failure(run_dir)
@@ -49,7 +49,7 @@ def decide(run_dir: Path, job: str, code: int) -> Decision:
         message = f"Failed {tries} times without getting past step {step}: the job is given up. Last reason: {reason}"
         return Decision(GAVE_UP, 0, message)
     wait = min(WAIT * 2 ** (tries - 1), LONGEST_WAIT)
-    return Decision(STOPPED, wait, f"Failed after step {step} (failure {tries} of {TRIES} there): requeued. {reason}")
+    return Decision(STOPPED, wait, f"Failed after step {step} (failure {tries} of {TRIES} there). {reason}")
 
 
 def tries_without_progress(failures: list[dict]) -> int:

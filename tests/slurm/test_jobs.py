@@ -126,7 +126,7 @@ def disturbed(
     run_dir = tmp_path_factory.mktemp("disturbed") / "run"
     submitted = slurm.run(
         *(sys.executable, str(REPO / "tools" / "launch.py"), "+cluster=local_slurm", "experiment=qwen_gmm"),
-        *(*arguments, f"run_dir={run_dir}", "launch.hours=0.02", "launch.warning_seconds=55"),
+        *(*arguments, f"run_dir={run_dir}", "launch.hours=0.1", "launch.warning_seconds=355"),
         PIFLOW_PYTHON=sys.executable,
     )
     job = re.search(r"Submitted job (\d+)", submitted.stdout).group(1)
@@ -207,12 +207,12 @@ def test_the_launcher_says_where_everything_is(disturbed: Disturbed) -> None:
 @pytest.mark.parametrize("kind", ["time limit", "TERM"])
 def test_a_stop_is_saved_at_the_step_where_it_came(disturbed: Disturbed, kind: str) -> None:
     assert disturbed.saved[kind] == disturbed.reached[kind] > 0
-    assert f"Stopped at step {disturbed.saved[kind]}; the job is requeued" in disturbed.log
+    assert f"Stopped at step {disturbed.saved[kind]}.\nJob {disturbed.job} goes back to the queue." in disturbed.log
 
 
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(disturbed: Disturbed) -> None:
     assert disturbed.saved["killed rank"] < disturbed.reached["killed rank"]
-    assert f"Failed after step {disturbed.reached['killed rank']} (failure 1 of 3 there): requeued" in disturbed.log
+    assert f"Failed after step {disturbed.reached['killed rank']} (failure 1 of 3 there)." in disturbed.log
 
 
 def test_the_disturbed_job_equals_the_undisturbed_one(disturbed: Disturbed, scripted: tuple[Path, str]) -> None:
