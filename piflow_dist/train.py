@@ -38,7 +38,7 @@ from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.launch.console import StepProgress, start_logging
 from piflow_dist.launch.exits import FINISHED, STOPPED
 from piflow_dist.launch.straggler import StragglerProbe
-from piflow_dist.launch.watchdog import Watchdog, start_watchdog
+from piflow_dist.launch.watchdog import UNWATCHED, Unwatched, Watchdog, start_watchdog
 from piflow_dist.models.pretrained import open_teacher, plan_training
 from piflow_dist.models.qwen_image import build_teacher, plan_model
 from piflow_dist.parallel.topology import Topology, start_process_group
@@ -76,16 +76,18 @@ class Run:
     state: TrainState
     teacher_fingerprint: str | None
     """Saved with the run, which preflight refuses to continue with another teacher."""
-    watchdog: Watchdog
+    watchdog: Watchdog | Unwatched
     straggler: StragglerProbe
     saver: CheckpointSaver
     parent: str | None = None
     """The checkpoint that this process went on from."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last step; saved with the weights that it gave."""
+    stopping_ranks: Tensor | None = None
+    """How many ranks had been asked to stop by the end of the last step; the same on all of them."""
 
 
-def build_run(config: Config, topology: Topology, watchdog: Watchdog) -> Run:
+def build_run(config: Config, topology: Topology, watchdog: Watchdog | Unwatched = UNWATCHED) -> Run:
     description = load_description(config.data.root)
     encoder = load_prompt_encoder(description.prompt_encoder)
     parallel, dtype = config.parallel, config.train.dtype
@@ -133,10 +135,7 @@ def seed_from(*parts: int) -> int:
 
 
 def train_step(run: Run) -> tuple[Tensor, StepResult]:
-    """One optimiser step: backwards of all micro-batches, then the update.
-
-    Returns ((mean loss over ranks, ranks that were asked to stop), result).
-    """
+    """One optimiser step: backwards of all micro-batches, then the update. Returns (mean loss over ranks, result)."""
     config, state, watchdog = run.config, run.state, run.watchdog
     micro_batches, _ = config.train.accumulation(run.topology.dp_size)
     losses = []
@@ -159,9 +158,10 @@ def train_step(run: Run) -> tuple[Tensor, StepResult]:
     # A signal reaches the ranks at different moments, before this step's end on one and after it on another: they agree in
     # the sum that they make anyway. Over all ranks, not the data-parallel ones, as those of another slice must agree too.
     loss = torch.stack(losses).mean()
-    totals = torch.stack([loss / run.topology.world_size, torch.full_like(loss, float(watchdog.request.made))])
+    totals = torch.stack([loss / run.topology.world_size, torch.full_like(loss, float(watchdog.stop_requested))])
     dist.all_reduce(totals)
-    return totals, result
+    loss, run.stopping_ranks = totals
+    return loss, result
 
 
 def micro_step(run: Run, batch: Batch, scale: float, generator: torch.Generator) -> Tensor:
@@ -277,9 +277,8 @@ def train(run: Run, tracker: Tracker | None) -> bool:
         while state.step < config.train.steps and not stop:
             began = time.perf_counter()
             watchdog.begin_step(state.step + 1)
-            totals, result = train_step(run)
-            loss, stopping_ranks = totals.tolist()
-            stop = stopping_ranks > 0
+            loss_tensor, result = train_step(run)
+            loss, stop = loss_tensor.item(), run.stopping_ranks.item() > 0
             state.step += 1
             guard_not_finite(run, loss, result)
             if result.applied:

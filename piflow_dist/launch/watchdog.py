@@ -101,6 +101,10 @@ class Watchdog:
         for thread in self.threads:
             thread.join()
 
+    @property
+    def stop_requested(self) -> bool:
+        return self.request.made
+
     def begin_step(self, step: int) -> None:
         """step: the one (from 1) that begins."""
         self.step, self.in_step, self.began = step, True, time.monotonic()
@@ -194,3 +198,18 @@ class Watchdog:
             print(message, file=self.console, flush=True)
         sys.stdout.flush()
         os._exit(code)
+
+
+class Unwatched:
+    """In a Watchdog's place where nobody watches: tests, benchmarks."""
+
+    stop_requested = False
+
+    def begin_step(self, step: int) -> None: ...
+
+    def enter(self, phase: str) -> None: ...
+
+    def end_step(self, phase: str) -> None: ...
+
+
+UNWATCHED = Unwatched()
