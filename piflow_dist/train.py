@@ -158,10 +158,10 @@ def train_step(run: Run) -> tuple[Tensor, StepResult]:
     # A signal reaches the ranks at different moments, before this step's end on one and after it on another: they agree in
     # the sum that they make anyway. Over all ranks, not the data-parallel ones, as those of another slice must agree too.
     loss = torch.stack(losses).mean()
-    totals = torch.stack([loss / run.topology.world_size, torch.full_like(loss, float(watchdog.stop_requested))])
+    totals = torch.stack([loss, torch.full_like(loss, float(watchdog.stop_requested))])
     dist.all_reduce(totals)
     loss, run.stopping_ranks = totals
-    return loss, result
+    return loss / run.topology.world_size, result
 
 
 def micro_step(run: Run, batch: Batch, scale: float, generator: torch.Generator) -> Tensor:
