@@ -14,6 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console()
 
 
+def is_slurm_task() -> bool:
+    """Started by srun itself. What it prints goes to a log, although srun --unbuffered makes it look like a terminal."""
+    return "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 class StepProgress:
     """Progress of `total` steps. `update(step, text)` after each; plain lines every `every` steps without a terminal."""
 
@@ -23,8 +28,7 @@ class StepProgress:
         self.bar = None
 
     def __enter__(self) -> "StepProgress":
-        # Not rich's word alone: FORCE_COLOR would draw bars into log files.
-        if console.is_terminal and sys.stdout.isatty():
+        if console.is_terminal and not is_slurm_task():
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -58,7 +62,7 @@ def start_logging(rank: int, folder: Path, level: str = "INFO") -> TextIO:
     Under srun all ranks share one output; as torchrun does, what ranks other than 0 print goes to a file, rank_N.out.
     """
     console = sys.stderr
-    if rank != 0 and "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if rank != 0 and is_slurm_task():
         console = os.fdopen(os.dup(2), "w")
         output = os.open(folder / f"rank_{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for stream in (1, 2):
