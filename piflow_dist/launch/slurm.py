@@ -20,6 +20,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from piflow_dist.config import CONFIG_DIR, Config, ConfigError, require
 from piflow_dist.launch.batch import prepare_run_dir
+from piflow_dist.launch.task import train
 
 ROOT = CONFIG_DIR.parent
 POLL = 1.0
@@ -32,9 +33,7 @@ class Training:
     config_file: str
 
     def __call__(self) -> None:
-        from piflow_dist.train import main
-
-        sys.exit(main(self.config_file))
+        train(self.config_file)
 
 
 class Executor(SlurmExecutor):
