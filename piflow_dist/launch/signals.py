@@ -20,6 +20,16 @@ def hold() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
 
+def leave_to_parent() -> None:
+    """In a forked worker of the data stream: SLURM signals whole groups of processes, and the worker is to serve to the end.
+
+    Without this it would also write to its parent's pipe.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """What has been asked of this process so far. To be made in the main thread."""
 
@@ -31,6 +41,7 @@ class StopRequest:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in STOPPING:
             signal.signal(number, self._ignore)
+        os.register_at_fork(after_in_child=leave_to_parent)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     @property
