@@ -6,6 +6,7 @@ The disturbed job must end with the numbers of the undisturbed one, bit for bit,
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -234,3 +235,50 @@ def test_all_attempts_are_one_mlflow_run(disturbed: Disturbed) -> None:
     assert run.info.status == "FINISHED"
     history = client.get_metric_history(run.info.run_id, "loss")
     assert sorted(metric.step for metric in history) == list(range(1, STEPS + 1))
+
+
+# What else the launcher does with a real SLURM
+
+
+def launch(slurm: LocalCluster, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    command = (sys.executable, str(REPO / "tools" / "launch.py"), "+cluster=local_slurm", "experiment=qwen_gmm")
+    return slurm.run(*command, *words, check=False, PIFLOW_PYTHON=sys.executable, **environment)
+
+
+def test_following_a_job_shows_its_log_to_the_end(
+    slurm: LocalCluster, disturbed: Disturbed, arguments: list[str]
+) -> None:
+    """The disturbed run, finished, is submitted again: there is nothing left to do."""
+    done = launch(slurm, *arguments, f"run_dir={disturbed.run_dir}", "launch.follow=true")
+    assert done.returncode == 0, done.stdout
+    job = re.search(r"Submitted job (\d+)", done.stdout).group(1)
+    assert f"continuing from {disturbed.run_dir}/checkpoints/step_{STEPS:08d}" in done.stdout
+    assert done.stdout.rstrip().endswith(f"Finished at step {STEPS}.\nJob {job}: completed.")
+
+
+def test_what_sbatch_refuses_is_said_in_its_words_and_leaves_no_job(
+    slurm: LocalCluster, arguments: list[str], tmp_path: Path
+) -> None:
+    before = slurm.jobs()
+    done = launch(slurm, *arguments, f"run_dir={tmp_path / 'run'}", SBATCH_PARTITION="moon")
+    assert done.returncode == 2 and "invalid partition" in done.stdout and "Traceback" not in done.stdout, done.stdout
+    done = launch(slurm, *arguments, f"run_dir={tmp_path / 'run'}", "cluster.nodes=3", "train.batch_size=12")
+    assert done.returncode == 2 and "sbatch refused the job" in done.stdout and "Traceback" not in done.stdout, (
+        done.stdout
+    )
+    assert slurm.jobs() == before
+
+
+def test_a_sweep_is_an_array_and_cancelled_jobs_stay_cancelled(
+    slurm: LocalCluster, arguments: list[str], tmp_path: Path
+) -> None:
+    done = launch(slurm, "-m", *arguments, "train.seed=1,2", f"run_dir={tmp_path / 'sweep'}")
+    assert done.returncode == 0, done.stdout
+    job = re.search(r"Submitted job (\d+): an array of 2 jobs", done.stdout).group(1)
+    shown = slurm.run("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%i").stdout.split()
+    assert sorted(shown) == [f"{job}_0", f"{job}_1"]
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"train.seed=1", "train.seed=2", "slurm"}
+    slurm.wait_until(lambda: slurm.job(f"{job}_0")["JobState"] == "RUNNING", "the array's first job")
+    slurm.run("scancel", job)
+    slurm.wait_until(lambda: job not in " ".join(slurm.jobs()), "the array's end")
+    assert slurm.job(f"{job}_0")["JobState"] == "CANCELLED"
