@@ -167,7 +167,7 @@ class Watchdog:
             if self.failures.wait_for_another(self.request):
                 threading.Event().wait()  # _watch_others ends this process
             if self.request.made:  # the launcher has seen that rank end, and ends the others
-                self._end(FAILED, f"Another rank is gone. Here, in step {self.step}, {self.phase}: {text}")
+                self._end(FAILED, self._in_short("Another rank is gone", text))
         with self.ending:
             self._end(FAILED, *self._report(traceback.format_exception_only(error)[-1].strip(), text))
 
@@ -181,7 +181,13 @@ class Watchdog:
         first = kept[0] if kept else self.failures.keep(failure)
         if first is not None:
             return first.describe(), True
-        return f"Another rank failed first. Here, in step {self.step}, {self.phase}: {text}", False
+        return self._in_short("Another rank failed first", text), False
+
+    def _in_short(self, what: str, text: str) -> str:
+        """For what is a consequence only: the text goes to this rank's own log."""
+        self.log_file.write(f"{text.rstrip()}\n")
+        self.log_file.flush()
+        return f"{what}: this one ends too, in step {self.step}, {self.phase}."
 
     def _stacks(self) -> str:
         """The stacks of all threads; faulthandler writes to files only."""
