@@ -12,10 +12,15 @@ from data_pipeline.writing import SplitWriter
 PROMPTS = ("a red square", "a blue disc", "a very large green ring")
 
 
-def write_random_set(root: Path, train: int = 40, test: int = 8, size: int = 4, prompts: tuple = PROMPTS) -> None:
-    """Latents (16, size, size) of standard normal numbers; no image, no download, the same bytes every time."""
+def write_random_set(
+    root: Path, train: int = 40, test: int = 8, size: int = 4, dim: int = 64, prompts: tuple = PROMPTS
+) -> None:
+    """Latents (16, size, size) of standard normal numbers; no image, no download, the same bytes every time.
+
+    dim: width of the prompt embeddings.
+    """
     generator = torch.Generator().manual_seed(0)
-    encoder = TokenTableEncoder(vocabulary(prompts), dim=64)
+    encoder = TokenTableEncoder(vocabulary(prompts), dim=dim)
     bucket_lists = {}
     for split, count in {"train": train, "test": test}.items():
         writer = SplitWriter(root / split, encoder, 1 << 20, keep_images=False)

@@ -64,10 +64,10 @@ class CheckpointSaver:
             overdue = bool(minutes) and self.topology.is_main and time.monotonic() - self.began >= 60 * minutes
             signs = torch.tensor([busy, failed, overdue], dtype=torch.float32, device=self.topology.device)
             dist.all_reduce(signs, dist.ReduceOp.MAX)
-            any_busy, any_failed, minutes_are_up = (bool(sign) for sign in signs)
+            any_busy, any_failed, minutes_are_up = signs.tolist()
             if any_failed or (self.thread is not None and not any_busy):
                 figures = self.wait()
-            due = due or minutes_are_up
+            due = due or bool(minutes_are_up)
         return due, figures
 
     def start(self, step: int, model: TrainedModel, ema_flats: list[Tensor], state: dict[str, Any]) -> dict[str, float]:

@@ -2,16 +2,20 @@
 
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
 
+WARM = "warm"
 GRACE = 3.0
 """Seconds in which the other ranks may still report their own tracebacks after the first failure."""
 
@@ -20,20 +24,25 @@ class RanksFailed(AssertionError):
     """Some ranks failed or did not finish; the message holds what each of them said."""
 
 
-def run_ranks(check: Callable[..., Any], world_size: int, *args: Any, time_limit: float = 120.0) -> list[Any]:
+def run_ranks(
+    check: Callable[..., Any], world_size: int, *args: Any, time_limit: float = 120.0, warm: bool = False
+) -> list[Any]:
     """Run check(rank, *args) in world_size new processes joined to one gloo group; what each rank returned.
 
     `check` must be importable (a function of a module). RANK and its companions are set as torchrun sets them. A rank
     that fails stops the others at once; RanksFailed then holds the traceback of every rank that raised. Nothing of a
     run outlives this call, whatever happens.
+
+    warm: fork the ranks from a server that has done the imports (warm.py), seconds less each. Their memory is then not all
+    their own, and the environment is that of the first such call.
     """
-    context = multiprocessing.get_context("spawn")
+    context = warm_context() if warm else multiprocessing.get_context("spawn")
     port = free_port()
     ranks, pipes = [], []
     with one_thread():
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_main, args=(sender, check, rank, world_size, port, args), daemon=True)
+            process = context.Process(target=_main, args=(sender, check, rank, world_size, port, warm, args), daemon=True)
             process.start()
             sender.close()
             ranks.append(process)
@@ -45,6 +54,23 @@ def run_ranks(check: Callable[..., Any], world_size: int, *args: Any, time_limit
             process.kill()
         for process in ranks:
             process.join()
+
+
+def warm_context() -> BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([WARM])
+    before = os.environ.get("PYTHONPATH")
+    # The server does not get this process's sys.path, and passes over what it cannot import.
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        with one_thread():
+            forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
 
 
 def free_port() -> int:
@@ -68,7 +94,13 @@ def one_thread() -> Iterator[None]:
 
 
 def _main(
-    sender: Connection, check: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...]
+    sender: Connection,
+    check: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    warm: bool,
+    args: tuple[Any, ...],
 ) -> None:
     from datetime import timedelta
 
@@ -85,6 +117,7 @@ def _main(
         "TORCHDYNAMO_DISABLE": "1",
     }
     try:
+        assert not warm or WARM in sys.modules, "the server has not done the imports"
         torch.set_num_threads(1)
         dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=600))
         result = check(rank, *args)

@@ -12,6 +12,8 @@ from conftest import STUDENT, STUDENT_STEPS, read_weights, rewrite_state, run_to
 
 from piflow_dist.checkpoint.files import newest_complete, steps_on_disk, verify
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
+from piflow_dist.config import load_config
+from piflow_dist.launch.continuation import check_continuation, describe_continuation, set_aside
 from piflow_dist.tracking.tracker import read_metrics
 
 
@@ -142,6 +144,71 @@ def test_starting_afresh_keeps_the_earlier_training(options: list[str], run_dir:
     assert "goes on from step 2 of 4" in again.stdout and again.returncode == 0, again.stdout
     for step in steps_on_disk(run_dir / "checkpoints"):
         verify(run_dir / "checkpoints" / f"step_{step:08d}")
+
+
+def going_back(options: list[str], chosen: object) -> tuple[list[str], Path | None]:
+    """What tools/launch.py says and sets aside for checkpoint.resume=`chosen`, without the training that would follow."""
+    config = load_config([*options, f"checkpoint.resume={chosen}"])
+    check_continuation(config)
+    return describe_continuation(config), set_aside(config)
+
+
+def test_going_back_to_a_step_gives_the_same_training_and_keeps_the_later_one(
+    options: list[str], run_dir: Path, student_run: Path
+) -> None:
+    later = contents(run_dir / "checkpoints" / "step_00000004")
+    done = run_tool("launch", *options, "checkpoint.resume=2")
+    assert done.returncode == 0, done.stdout
+    aside = run_dir / "previous_1"
+    assert f"goes back to step 2 of {STUDENT_STEPS}" in done.stdout
+    assert f"checkpoint.resume=2: the later checkpoints are kept in {aside}" in done.stdout
+    assert contents(aside / "checkpoints" / "step_00000004") == later
+    assert [row["step"] for row in read_metrics(aside / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert (aside / "mlflow_run_id").read_text() != (run_dir / "mlflow_run_id").read_text()
+    rows, wanted = (read_metrics(run / "metrics.jsonl") for run in (run_dir, student_run))
+    assert [(row["step"], row["loss"]) for row in rows] == [(row["step"], row["loss"]) for row in wanted]
+    newest = run_dir / "checkpoints" / "step_00000004"
+    weights, wanted = (read_weights(path) for path in (newest, student_run / "checkpoints" / newest.name))
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    state = json.loads((newest / "state.json").read_text())
+    assert state["parent"] == str(run_dir / "checkpoints" / "step_00000002")
+    assert state["metrics"]["loss"] == rows[-1]["loss"] and state["metrics"]["grad_norm"] == rows[-1]["grad_norm"]
+
+
+def test_going_back_to_the_newest_step_sets_nothing_aside(options: list[str], run_dir: Path) -> None:
+    before = contents(run_dir)
+    lines, aside = going_back(options, STUDENT_STEPS)
+    assert aside is None and f"is at step {STUDENT_STEPS} already" in lines[0]
+    assert contents(run_dir) == before
+
+
+def test_a_checkpoint_that_lies_elsewhere_becomes_the_runs_own(options: list[str], run_dir: Path, tmp_path: Path) -> None:
+    before = contents(run_dir)
+    moved = Path(shutil.copytree(run_dir / "checkpoints" / "step_00000002", tmp_path / "backup" / "of_monday"))
+    lines, aside = going_back(options, moved)
+    assert "goes back to step 2" in lines[0]
+    assert steps_on_disk(run_dir / "checkpoints") == [2] and steps_on_disk(aside / "checkpoints") == [4, 2]
+    assert contents(run_dir / "checkpoints" / "step_00000002") == contents(moved)
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000002\n"
+    found = contents(run_dir)
+    assert all(data in found.values() for name, data in before.items() if not name.endswith("latest"))  # nothing is lost
+    # What is set aside is a run folder: its checkpoints can be gone back to in turn. Here none is later, or at that step.
+    assert going_back(options, aside / "checkpoints" / "step_00000004")[1] is None
+    assert steps_on_disk(run_dir / "checkpoints") == [4, 2]
+
+
+def test_checkpoints_that_cannot_be_gone_back_to(
+    refuse: Callable[..., str], options: list[str], run_dir: Path, tmp_path: Path
+) -> None:
+    before = contents(run_dir)
+    assert "has no such step. There are: 2, 4." in refuse(*options, "checkpoint.resume=3")
+    assert f"checkpoint.resume={tmp_path / 'no'} does not exist" in refuse(*options, f"checkpoint.resume={tmp_path / 'no'}")
+    assert "distill.nfe=2 (was 4)" in refuse(*options, "checkpoint.resume=2", "distill.nfe=2")
+    assert contents(run_dir) == before
+    shard = run_dir / "checkpoints" / "step_00000002" / "rank_00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x55")
+    message = refuse(*options, "checkpoint.resume=2")
+    assert f"{shard} is damaged" in message and "Choose another one" in message
 
 
 def test_a_checkpoint_says_what_wrote_it(run_dir: Path, tmp_path: Path) -> None:

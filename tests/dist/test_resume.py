@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import REPO, STUDENT, TEACHER, TEACHER_STEPS, read_weights, rewrite_state
 
+from piflow_dist.checkpoint.phases import DELAY_VARIABLE
 from piflow_dist.checkpoint.files import LATEST, newest_complete, steps_on_disk, verify
 from piflow_dist.tracking.tracker import read_metrics
 
@@ -48,6 +49,8 @@ class Launch:
             stdout=open(log, "w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Saves beside training make it fast: on a loaded machine it could be over before a signal is sent.
+            env=os.environ | {DELAY_VARIABLE: "0.2"},
         )
 
     def wait_until(self, reached: Callable[[], bool], what: str) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_weights
-from safetensors.torch import save_file
+from conftest import read_weights, rewrite_state
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from piflow_dist.checkpoint.files import (
@@ -29,6 +29,7 @@ from piflow_dist.checkpoint.files import (
 from piflow_dist.checkpoint.reader import load_checkpoint
 from piflow_dist.checkpoint.retention import Retention, remove_old
 from piflow_dist.checkpoint.runs import resolve_checkpoint
+from piflow_dist.checkpoint.snapshot import Snapshot
 
 SHAPES = {"head.weight": (3, 5), "norm.bias": (7,), "scalar": (1,), "even": (4, 2), "column": (8, 3), "row": (3, 8)}
 SPLIT = {"column": 0, "row": 1}
@@ -186,6 +187,129 @@ def test_retention_never_removes_the_checkpoint_that_was_just_written(tmp_path: 
     remove_old(tmp_path, Retention(keep=1), newest=95)
     assert newest_complete(tmp_path)[0] == written
     assert 90 not in steps_on_disk(tmp_path)
+
+
+def give_metrics(path: Path, **metrics: float) -> None:
+    rewrite_state(path, lambda state: state.update(metrics=metrics))
+
+
+def test_retention_keeps_every_nth_and_the_best_too(tmp_path: Path) -> None:
+    for step, loss in {10: 5.0, 20: 1.0, 30: 4.0, 40: 2.0, 50: 3.0, 60: 6.0}.items():
+        give_metrics(write_checkpoint(tmp_path, step), loss=loss)
+    rule = Retention(keep=1, keep_every=30, keep_best=2, best_metric="loss")
+    assert remove_old(tmp_path, rule, newest=60) == [10, 50]
+    assert steps_on_disk(tmp_path) == [60, 40, 30, 20]
+    assert remove_old(tmp_path, Retention(keep=1, keep_best=1, best_metric="loss", best_mode="max")) == [20, 30, 40]
+
+
+def test_among_equals_the_later_one_is_the_best(tmp_path: Path) -> None:
+    assert Retention(keep=1, keep_best=1, best_metric="loss").kept({1: {"loss": 2.0}, 2: {"loss": 2.0}, 3: {}}) == {
+        2,
+        3,
+    }
+
+
+@pytest.mark.parametrize("name", [shard_name(1), STATE, MANIFEST])
+def test_a_damaged_checkpoint_is_not_counted_and_not_removed(tmp_path: Path, name: str) -> None:
+    """It would push out the only good one: here the run goes on from 10, and its next save finds 20 and 30 damaged."""
+    for step in (10, 20, 30):
+        give_metrics(write_checkpoint(tmp_path, step), loss=1.0 / step)
+    for step in (20, 30):
+        truncate(tmp_path / step_name(step) / name)
+    write_checkpoint(tmp_path, 40)
+    assert remove_old(tmp_path, Retention(keep=2, keep_best=1, best_metric="loss"), newest=40) == []
+    assert steps_on_disk(tmp_path) == [40, 30, 20, 10]
+
+
+def test_a_kill_between_the_two_renames_of_a_step_that_is_written_again(tmp_path: Path) -> None:
+    """The damaged one is out of the way, the new one not yet in its place: the one before is used, and nothing is lost."""
+    older = write_checkpoint(tmp_path, 10)
+    os.rename(write_checkpoint(tmp_path, 20), tmp_path / f".{step_name(20)}.removed")
+    os.rename(write_checkpoint(tmp_path, 20), tmp_path / f".{step_name(20)}.tmp")
+    (tmp_path / LATEST).write_text(step_name(20))
+    assert newest_complete(tmp_path) == (older, [])
+
+
+def test_processes_that_verify_together_find_what_one_finds(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 10, dp_size=4)
+    flip_a_bit(path / shard_name(2))
+    found = []
+    for rank in range(3):
+        try:
+            verify(path, share=(rank, 3))
+        except CheckpointError as error:
+            found.append(str(error))
+    (message,) = found
+    assert shard_name(2) in message and "SHA-256" in message
+
+
+def test_a_file_that_cannot_be_read_is_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails answers with an error, not with other bytes."""
+    older, newer = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 20)
+
+    def failing(path: Path) -> dict:
+        if path == newer / shard_name(1):
+            raise OSError(5, "Input/output error")
+        return file_digest(path)
+
+    monkeypatch.setattr("piflow_dist.checkpoint.files.file_digest", failing)
+    path, (problem,) = newest_complete(tmp_path)
+    assert path == older and "Input/output error" in problem and shard_name(1) in problem
+
+
+# Snapshots
+
+
+def mixed_tensors() -> dict[str, Tensor]:
+    """Types of several widths in an order that would misalign them, a scalar, and an empty shard."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "b/half": torch.randn(3, generator=generator).to(torch.bfloat16),
+        "a/flag": torch.tensor([True, False, True]),
+        "c/float": torch.randn(5, 3, generator=generator),
+        "d/step": torch.tensor(7),
+        "e/count": torch.tensor(3.0),
+        "f/none": torch.empty(0),
+        "g/part": torch.randn(20, generator=generator)[3:17:2],
+    }
+
+
+def test_a_snapshot_is_a_safetensors_file_of_what_was_there_when_it_was_taken(tmp_path: Path) -> None:
+    tensors = mixed_tensors()
+    want = {name: value.clone() for name, value in tensors.items()}
+    snapshot = Snapshot(page_locked=False)
+    snapshot.take(tensors)
+    for value in tensors.values():
+        value.zero_()
+    digest = snapshot.write(tmp_path / "one")
+    assert {"size": snapshot.size, "sha256": digest} == file_digest(tmp_path / "one")
+    found = load_file(tmp_path / "one")
+    assert found.keys() == want.keys()
+    for name, value in want.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+def test_a_snapshot_keeps_its_memory_and_follows_a_new_layout(tmp_path: Path) -> None:
+    snapshot = Snapshot(page_locked=False)
+    snapshot.take({"weight": torch.ones(4)})
+    place = snapshot.buffer.data_ptr()
+    snapshot.take({"weight": torch.full((4,), 2.0)})
+    assert snapshot.buffer.data_ptr() == place
+    snapshot.take({"weight": torch.full((4,), 3.0), "moment": torch.arange(6.0)})  # Adam's, after the first step
+    snapshot.write(tmp_path / "file")
+    found = load_file(tmp_path / "file")
+    assert found["weight"].tolist() == [3.0] * 4 and found["moment"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_write_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As os.write may do on a disk that fills up, or for more than 2 GB."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, bytes(content)[:7]))
+    snapshot = Snapshot(page_locked=False)
+    snapshot.take({"weight": torch.arange(50.0)})
+    digest = snapshot.write(tmp_path / "file")
+    assert load_file(tmp_path / "file")["weight"].tolist() == list(range(50))
+    assert file_digest(tmp_path / "file")["sha256"] == digest
 
 
 @pytest.mark.parametrize("saved_on", [1, 2, 3, 4])
