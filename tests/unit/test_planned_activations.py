@@ -158,12 +158,5 @@ def test_planned_activations_are_the_measured_ones(name: str) -> None:
         record = trace_step(config, topology, LATENT, TEXT_LENGTH, 0)
     peak, kept = measured(config)
     planned = max(phase.total for phase in record.peaks.values())
-    print(
-        name,
-        planned / peak,
-        record.kept / kept,
-        {k: round(v.total / 2**20, 1) for k, v in record.peaks.items()},
-        peak / 2**20,
-    )
     assert planned == pytest.approx(peak, rel=0.1), record.peaks
     assert record.kept == pytest.approx(kept, rel=0.1)

@@ -42,15 +42,10 @@ def test_the_published_model() -> None:
     assert sum(p.numel() for p in model.parameters()) == 20_430_401_088
     block = 2 * sum(p.numel() for p in model.transformer_blocks[0].parameters())
     assert round(block / 2**20) == 648
-    one, many = (
-        share_of("+cluster=h100x1", "experiment=qwen_gmm", "mode=full"),
-        share_of("+cluster=a100x64", "experiment=qwen_gmm", "mode=full"),
-    )
-    student = one.trained_whole + 38_048_640  # what nothing reads stays frozen; checked below by arithmetic
-    del student
-    assert one.gathered == 0 and one.kept_whole == 0  # one GPU shares out nothing
-    assert 0.999 < many.gathered / block <= 1  # the small norms are kept whole
-    assert many.weights == pytest.approx(one.weights / 64, rel=1e-6)
+    many = share_of("+cluster=a100x64", "experiment=qwen_gmm")
+    adapters = 2 * 2 * 256 * (3072 + 4 * 3072) * 2
+    assert 0.999 < many.gathered / (block + adapters) <= 1  # what is small is kept whole
+    assert share_of("+cluster=h100x1", "experiment=qwen_gmm").gathered == 0  # one GPU shares out nothing
 
 
 def test_adapters_of_the_published_student() -> None:
@@ -152,28 +147,24 @@ def test_tensor_parallelism_shares_out_weights_activations_and_arithmetic() -> N
 
 
 def test_what_does_not_fit_is_told_what_would() -> None:
-    config = load_config(
-        ["+cluster=h100x1", "experiment=qwen_gmm", "train.micro_batch_size=16", "parallel.recompute_every=0"]
-    )
-    planner = Planner(Shape())
+    """Images of 1024 x 1024 on small GPUs: more than one way out, each of which is planned again from its overrides."""
+    tight = ("+cluster=h100x8", *SMALL, "model.num_layers=4", "train.micro_batch_size=8", "cluster.gpu_memory_gib=5.2")
+    tight += ("parallel.recompute_every=0",)
+    planner = Planner(Shape((64, 64), 64))
+    config = load_config(list(tight))
     plan = planner.plan(config)
-    assert not plan.fits and plan.memory > 79.1 * GIB
+    assert not plan.fits and plan.memory > 5.2 * GIB
     suggestions = planner.suggestions(config)
-    assert suggestions
+    assert len(suggestions) > 1
     for overrides, promised in suggestions:
-        again = planned(
-            "+cluster=h100x1",
-            "experiment=qwen_gmm",
-            "train.micro_batch_size=16",
-            "parallel.recompute_every=0",
-            *overrides,
-        )
-        assert again.fits and again.memory == pytest.approx(promised.memory)
-    assert suggestions[0][1].seconds == min(fitting.seconds for _, fitting in suggestions)
+        again = planned(*tight, *overrides, shape=planner.shape)
+        assert again.fits and again.memory == promised.memory
+    times = [fitting.seconds for _, fitting in suggestions]
+    assert times == sorted(times)
 
 
 def test_where_nothing_helps_nothing_is_suggested() -> None:
-    config = load_config(["+cluster=h100x1", *SMALL, "cluster.gpu_memory_gib=1"])
+    config = load_config(["+cluster=h100x1", *SMALL, "model.num_layers=3", "cluster.gpu_memory_gib=0.1"])
     assert Planner(Shape()).suggestions(config) == []
 
 
