@@ -3,6 +3,7 @@
 The disturbed job must end with the numbers of the undisturbed one, bit for bit, in one MLflow run.
 """
 
+import json
 import os
 import re
 import signal
@@ -54,23 +55,30 @@ def checkpoint_step(run_dir: Path) -> int:
     return int(path.name.removeprefix("step_")) if path is not None else 0
 
 
-# The plain script
+def run_script(slurm: LocalCluster, folder: Path, *words: str, code: int = 0) -> str:
+    """The log of a batch script that ends with `code`. words: sbatch's options, the script, its arguments."""
+    log = folder / "script.log"
+    log.unlink(missing_ok=True)
+    done = slurm.run(
+        *("sbatch", "--wait", f"--output={log}", *words),
+        check=False,
+        PIFLOW_ROOT=str(REPO),
+        PIFLOW_PYTHON=sys.executable,
+    )
+    assert done.returncode == code, (done.stdout, log.read_text() if log.exists() else "no log")
+    return log.read_text()
+
+
+# Plain scripts
 
 
 @pytest.fixture(scope="module")
 def scripted(slurm: LocalCluster, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(run folder, log) of slurm/qwen_gmm.sh, undisturbed."""
     folder = tmp_path_factory.mktemp("scripted")
-    run_dir, log = folder / "run", folder / "log"
-    done = slurm.run(
-        *("sbatch", "--wait", f"--output={log}", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"),
-        *(str(REPO / "slurm" / "qwen_gmm.sh"), *arguments, f"run_dir={run_dir}"),
-        check=False,
-        PIFLOW_ROOT=str(REPO),
-        PIFLOW_PYTHON=sys.executable,
-    )
-    assert done.returncode == 0, (done.stdout, log.read_text())
-    return run_dir, log.read_text()
+    nodes = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
+    log = run_script(slurm, folder, *nodes, str(REPO / "slurm" / "qwen_gmm.sh"), *arguments, f"run_dir={folder}/run")
+    return folder / "run", log
 
 
 def test_the_plain_script_trains_on_two_nodes(scripted: tuple[Path, str]) -> None:
@@ -84,6 +92,30 @@ def test_the_log_is_rank_0s_and_every_rank_has_its_own(scripted: tuple[Path, str
     run_dir, log = scripted
     assert "rank 0 INFO" in log and not re.search(r"rank [123] ", log)
     assert {path.name for path in (run_dir / "logs").glob("*.log")} == {f"rank_{rank}.log" for rank in range(4)}
+
+
+def test_images_are_sampled_by_all_tasks_and_only_once(
+    slurm: LocalCluster, scripted: tuple[Path, str], tmp_path: Path
+) -> None:
+    script = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", str(REPO / "slurm" / "sample.sh")]
+    request = [f"source={scripted[0]}", f"out={tmp_path / 'out'}", "images_per_prompt=2", "batch_size=3", "substeps=16"]
+    log = run_script(slurm, tmp_path, *script, *request, "launch.device=cpu", "launch.threads=1")
+    assert "6 images" in log and len(list((tmp_path / "out" / "images").glob("*.png"))) == 6
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["processes"] == 2
+    assert "all 6 images are there" in run_script(slurm, tmp_path, *script, *request)
+
+
+def test_a_data_set_is_prepared(slurm: LocalCluster, tmp_path: Path) -> None:
+    script = ["--cpus-per-task=1", str(REPO / "slurm" / "prepare_data.sh")]
+    log = run_script(slurm, tmp_path, *script, f"out={tmp_path / 'data'}", "source=digits", "keep_images=false")
+    assert f"{tmp_path / 'data'}: " in log and (tmp_path / "data" / "dataset.json").is_file()
+
+
+def test_a_script_with_a_bad_key_ends_at_once(slurm: LocalCluster, tmp_path: Path) -> None:
+    nodes = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1")
+    log = run_script(slurm, tmp_path, *nodes, str(REPO / "slurm" / "qwen_dx.sh"), "data.rot=x", code=2)
+    assert "error: Key 'rot' is not in struct" in log or "error: data.rot" in log
+    assert "Traceback" not in log
 
 
 # The disturbed job
