@@ -79,8 +79,9 @@ class Watchdog:
         """stop_before: the time (time.time()) at which the job's time is up; a process told to stop is gone by then."""
         self.failures, self.request, self.console, self.stop_before = failures, request, console, stop_before
         self.clock = StepClock(config)
-        self.step, self.phase, self.in_step = 0, "start", False
-        self.began = self.phase_began = time.monotonic()
+        self.step, self.phase, self.phase_began = 0, "start", time.monotonic()
+        self.span = (self.phase_began, config.startup_seconds)
+        """(when it began, how long it may take) of what is under way; replaced as one, as a thread reads it at any time."""
         self.log_file = open(log_file, "a")  # noqa: SIM115  (open as long as the process)
         self.closing = threading.Event()
         self.ending = threading.Lock()
@@ -92,7 +93,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         for thread in self.threads:
             thread.start()
-        self._arm()
+        self._begin(self.clock.config.startup_seconds)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -107,8 +108,8 @@ class Watchdog:
 
     def begin_step(self, step: int) -> None:
         """step: the one (from 1) that begins."""
-        self.step, self.in_step, self.began = step, True, time.monotonic()
-        self._arm()
+        self.step = step
+        self._begin(self.clock.step_limit())
 
     def enter(self, phase: str) -> None:
         """The name of what the main thread does from here on, within a step."""
@@ -116,17 +117,14 @@ class Watchdog:
 
     def end_step(self, phase: str) -> None:
         """What follows until the next step has a limit of its own: a save, the end."""
-        self.clock.seconds.append(time.monotonic() - self.began)
+        self.clock.seconds.append(time.monotonic() - self.span[0])
         self.enter(phase)
-        self.in_step, self.began = False, self.phase_began
-        self._arm()
+        self._begin(self.clock.config.startup_seconds)
 
-    def limit(self) -> float:
-        return self.clock.step_limit() if self.in_step else self.clock.config.startup_seconds
-
-    def _arm(self) -> None:
+    def _begin(self, limit: float) -> None:
+        self.span = (time.monotonic(), limit)
         if self.clock.config.factor:
-            faulthandler.dump_traceback_later(self.limit() + BEYOND, exit=True, file=self.log_file)
+            faulthandler.dump_traceback_later(limit + BEYOND, exit=True, file=self.log_file)
 
     def _watch_clock(self) -> None:
         while not self.closing.is_set():
@@ -134,7 +132,8 @@ class Watchdog:
                 self._end(STOPPED_AT_ONCE, "A second signal: this process ends at once, without a checkpoint.")
             if self.request.made and self.stop_before is not None and time.time() > self.stop_before:
                 self._end(STOPPED_AT_ONCE, "No time is left for a checkpoint: this process ends at once.")
-            limit, waited = self.limit(), time.monotonic() - self.began
+            began, limit = self.span
+            waited = time.monotonic() - began
             if self.clock.config.factor and waited > limit and not self.closing.is_set():
                 with self.ending:
                     self._hang(waited, limit)
