@@ -95,6 +95,7 @@ def parameters(configs: list[Config]) -> dict[str, Any]:
         "time": max(1, round(launch.hours * 60)),
         "signal_delay_s": launch.warning_seconds,
         "stderr_to_stdout": True,
+        "wckey": None,  # submitit's own would be refused where these keys are checked
         "setup": [f"export PIFLOW_ROOT={shlex.quote(str(ROOT))}", 'source "$PIFLOW_ROOT/slurm/common.sh" || exit 2']
         + [f"run_dirs=({run_dirs})"],
         "srun_args": ["--kill-on-bad-exit=1", *container_arguments()],
@@ -155,7 +156,7 @@ def job_state(job: str) -> str | None:
     return done.stdout.split()[0] if done.returncode == 0 and done.stdout.split() else None
 
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL", "GONE")
 
 
 def follow(job: Submitted) -> str:
@@ -166,7 +167,7 @@ def follow(job: Submitted) -> str:
         found = job_state(job.job)
         if found != state and found in ("PENDING", "RUNNING"):
             print(f"[job {job.job} is {found.lower()}]", flush=True)
-        state = found or "COMPLETED"
+        state = found or "GONE"  # ended longer ago than SLURM remembers
         if job.log.exists():
             with open(job.log, errors="replace") as log:
                 log.seek(position)
