@@ -8,7 +8,7 @@ from piflow_dist.config import Config, require
 from piflow_dist.launch.continuation import describe_continuation, set_aside
 from piflow_dist.launch.preflight import check_request
 from piflow_dist.launch.site import load_site
-from piflow_dist.launch.slurm import Submitted, batch_script, check_slurm, follow, submit
+from piflow_dist.launch.slurm import Submitted, batch_script, check_accepted, check_slurm, follow, submit
 from piflow_dist.tracking.tracker import tracking_uri, ui_command
 
 
@@ -31,6 +31,7 @@ def launch_on_cluster(configs: list[Config]) -> None:
         print(f"\nThe batch script:\n\n{batch_script(configs)}")
         print(f"Everything checked; {describe(configs)} would be submitted.")
         return
+    check_accepted(configs)
     for config in configs:
         if (previous := set_aside(config)) is not None:
             print(f"checkpoint.resume={config.checkpoint.resume}: what is not continued is kept in {previous}.")

@@ -128,6 +128,16 @@ def batch_script(configs: list[Config]) -> str:
     return _make_sbatch_string(command=task_command(folder), folder=folder, **parameters(configs), **array)
 
 
+def check_accepted(configs: list[Config]) -> None:
+    """Raise ConfigError with sbatch's words where it would refuse the job, or could never start it."""
+    done = subprocess.run(["sbatch", "--test-only"], input=batch_script(configs), capture_output=True, text=True)
+    words = " ".join(done.stderr.removeprefix("sbatch: ").split())
+    require(
+        done.returncode == 0,
+        f"sbatch refuses the job: {words}. Change +cluster, cluster.nodes, launch.hours or the site file.",
+    )
+
+
 def submit(configs: list[Config]) -> list[Submitted]:
     """Submit one job for the run, or an array of jobs for several. Raises ConfigError with sbatch's words where it refuses."""
     for config in configs:
@@ -142,9 +152,7 @@ def submit(configs: list[Config]) -> list[Submitted]:
             with executor.batch():
                 jobs = [executor.submit(training) for training in trainings]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise ConfigError(
-            f"sbatch refused the job: {error}. Change +cluster, launch.hours or the site file."
-        ) from error
+        raise ConfigError(f"sbatch refused the job: {error}.") from error
     return [Submitted(job.job_id, config, jobs_folder(configs)) for job, config in zip(jobs, configs, strict=True)]
 
 

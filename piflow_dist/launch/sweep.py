@@ -24,14 +24,14 @@ def expand(arguments: list[str]) -> list[list[str]]:
         (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     except HydraException as error:
         raise ConfigError(f"-m: {first_line(error)}.") from error
-    places = [place for place, override in enumerate(overrides) if override.is_sweep_override()]
-    require(
-        bool(places), "-m trains combinations, but no key has several values. Write, for example, policy=gmflow,dx."
-    )
+    swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
+    require(bool(swept), "-m trains combinations, but no key has several values. Write, for example, policy=gmflow,dx.")
     base = Path(load_config(list(batch[0])).run_dir)
     runs = []
     for run in batch:
-        name = ",".join(run[place].lstrip("+") for place in places).replace("/", "_")
+        # By key: the sweeper keeps a key that was given twice at the place of the first.
+        chosen = [word for key in swept for word in run if word.partition("=")[0] == key]
+        name = ",".join(word.lstrip("+") for word in chosen).replace("/", "_")
         runs.append([*run, f"run_dir={quote(str(base / name))}"])
     return runs
 

@@ -37,6 +37,15 @@ def test_every_combination_has_a_folder_of_its_own() -> None:
     ]
 
 
+def test_a_key_that_was_given_before_is_swept_too() -> None:
+    words = ["train.seed=7", "optim=adamw", "experiment=demo_gmm", "optim.clip=0", "train.seed=1,2", "run_dir=/runs"]
+    configs = [load_config(run) for run in expand(["-m", *words])]
+    assert [(config.train.seed, config.run_dir) for config in configs] == [
+        (1, "/runs/train.seed=1"),
+        (2, "/runs/train.seed=2"),
+    ]
+
+
 @pytest.mark.parametrize("words", [["experiment=demo_gmm"], ["experiment=demo_gmm", "optim.lr=[0.1,0.2]"]])
 def test_a_sweep_of_nothing_is_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="no key has several values"):
@@ -147,6 +156,7 @@ def refuse(
         raise AssertionError("a job was submitted")
 
     monkeypatch.setattr(cluster, "check_slurm", lambda: None)
+    monkeypatch.setattr(cluster, "check_accepted", submitted)
     monkeypatch.setattr(cluster, "submit", submitted)
     return lambda *words: refused(*TEACHER, f"data.root={tiny_data}", f"run_dir={tmp_path / 'run'}", *words)
 
