@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py [--out FOLDER] [--gigabytes 1] [--ranks 2] [--repeats 3] [--model qwen_image_demo] [--steps 30]
 
 Disk: every rank writes and reads as many bytes at the same time; the ways alternate, the best of each counts. What is read has left
-the page cache before. Stall: the same training with checkpoint.asynchronous=true and false, every 5 steps.
+the page cache before. Stall (not with --steps 0): the same training with checkpoint.asynchronous=true and false, every 5 steps.
 """
 
 import argparse
@@ -210,8 +210,10 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="checkpoint_", dir=arguments.out))
     try:
-        measure_disk(folder, arguments.gigabytes, arguments.ranks, arguments.repeats)
-        measure_stall(folder, arguments.model, arguments.steps)
+        if arguments.repeats:
+            measure_disk(folder, arguments.gigabytes, arguments.ranks, arguments.repeats)
+        if arguments.steps:
+            measure_stall(folder, arguments.model, arguments.steps)
     finally:
         shutil.rmtree(folder)
 

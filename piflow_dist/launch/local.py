@@ -106,9 +106,11 @@ def run_forked(module: str, arguments: list[str]) -> None:
 
 
 def describe(failure: "ChildFailedError", log_dir: Path) -> str:
-    rank, first = failure.get_first_failure()
+    # A process that was killed takes the others with it; on a loaded machine they may be found dead together.
+    killed = [(rank, found) for rank, found in failure.failures.items() if found.exitcode < 0]
+    rank, first = killed[0] if killed else failure.get_first_failure()
     known = read_failure(log_dir.parent)
-    if known is not None and first.exitcode > 0:
+    if known is not None and not killed:
         where = f"in step {known.step}, {known.phase}" if known.step else f"before the first step ({known.phase})"
         return (
             f"Process {known.rank} failed {where}; the other processes were ended too. Logs: {log_dir}.\n{known.reason}"

@@ -21,8 +21,8 @@ import pytest
 import torch
 from conftest import REPO, STUDENT, TEACHER, TEACHER_STEPS, read_weights, rewrite_state
 
-from piflow_dist.checkpoint.phases import DELAY_VARIABLE
 from piflow_dist.checkpoint.files import LATEST, newest_complete, steps_on_disk, verify
+from piflow_dist.launch.local import describe
 from piflow_dist.tracking.tracker import read_metrics
 
 PATIENCE = 240.0
@@ -49,8 +49,6 @@ class Launch:
             stdout=open(log, "w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # Saves beside training make it fast: on a loaded machine it could be over before a signal is sent.
-            env=os.environ | {DELAY_VARIABLE: "0.2"},
         )
 
     def wait_until(self, reached: Callable[[], bool], what: str) -> None:
@@ -211,6 +209,14 @@ def test_a_killed_worker_ends_the_run_with_rank_and_signal(interrupted: dict[str
     assert "Process 1 was ended by SIGKILL" in end.output
     assert "error: " in end.output and "Logs: " in end.output
     assert end.steps_done < TEACHER_STEPS
+
+
+def test_of_processes_found_dead_together_the_killed_one_is_named() -> None:
+    """The other one failed because of it, but is the first in the list, with an earlier time."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    failures = {0: ProcessFailure(0, 10, 1, "no file"), 1: ProcessFailure(1, 11, -signal.SIGKILL, "no file")}
+    assert "Process 1 was ended by SIGKILL" in describe(ChildFailedError("train", failures), Path("logs"))
 
 
 @pytest.mark.parametrize("how", ["launcher killed at start", "worker killed", "interrupted", "launcher killed"])
