@@ -345,8 +345,9 @@ def work(config: Config, topology: Topology, watchdog: Watchdog) -> int:
 
 
 @record
-def main(config_file: str) -> int:
-    config = read_config(Path(config_file))
+def main(config_file: str | None = None) -> int:
+    """A training process; its exit code (launch/exits.py). config_file: default: the first argument of the command."""
+    config = read_config(Path(config_file or sys.argv[1]))
     # Ctrl-C reaches every process of a terminal at once; the launcher alone answers it and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     topology = start_process_group(config.launch.device, config.launch.timeout_seconds, config.parallel.tp)
@@ -369,4 +370,4 @@ def main(config_file: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())
