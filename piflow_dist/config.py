@@ -370,9 +370,20 @@ class LaunchConfig:
     """Time limit of a collective."""
     dry_run: bool = False
     """Check everything and stop."""
+    log_level: str = "INFO"
+    """Of the package's messages: DEBUG, INFO, WARNING or ERROR."""
+    hours: float = 24.0
+    """+cluster: time limit of the job, which goes on after it by itself."""
+    warning_seconds: int = 300
+    """+cluster: time before the limit at which the job is told to save and to end. More than a step and a save take."""
+    must_fit: bool = True
+    """+cluster: refuse to submit what does not fit by the planner (tools/plan.py)."""
+    follow: bool = False
+    """+cluster: show the job's log until it ends."""
 
     def __post_init__(self):
-        require_positive("launch", self, "processes", "timeout_seconds")
+        require_positive("launch", self, "processes", "timeout_seconds", "hours", "warning_seconds")
+        require_choice("launch.log_level", self.log_level, ("DEBUG", "INFO", "WARNING", "ERROR"))
         require_choice("launch.device", self.device, ("auto", "cpu", "cuda"))
         require_choice("launch.start", self.start, ("fresh", "fork"))
         require(
@@ -384,6 +395,27 @@ class LaunchConfig:
 
 
 @dataclass(kw_only=True)
+class WatchdogConfig:
+    """When a training process is taken to hang: the job ends with its rank, step, phase and stacks in the log."""
+
+    factor: float = 10.0
+    """A step may take so many times the median of the last steps; 0: no watchdog."""
+    minimum_seconds: float = 300.0
+    """No step is taken to hang sooner, however fast the others are."""
+    startup_seconds: float = 3600.0
+    """Limit of what is no step (loading, saving) and of the first steps."""
+    steps_before: int = 3
+    """First steps, which compile, allocate and connect."""
+
+    def __post_init__(self):
+        require_positive("watchdog", self, "minimum_seconds", "startup_seconds", "steps_before")
+        require(
+            self.factor == 0 or self.factor > 1,
+            f"watchdog.factor={self.factor} would end steps that take no longer than others. Use 10 or so, or 0 for none.",
+        )
+
+
+@dataclass(kw_only=True)
 class ClusterConfig:
     """The machines of a run, for plans and submission: one file of configs/cluster/ each. GB is 1e9 bytes, GiB 2^30."""
 
@@ -392,6 +424,8 @@ class ClusterConfig:
     """Processes per node: one per GPU, or per share of its cores where device=cpu."""
     gpu: str = MISSING
     """What a process computes on, for people."""
+    scheduler: str = "slurm"
+    """slurm: runs are submitted; none: they run on this machine."""
     device: str = "cuda"
     """cuda or cpu."""
     gpu_memory_gib: float = MISSING
@@ -413,6 +447,7 @@ class ClusterConfig:
 
     def __post_init__(self):
         require_choice("cluster.device", self.device, ("cuda", "cpu"))
+        require_choice("cluster.scheduler", self.scheduler, ("slurm", "none"))
         sizes = ("nodes", "gpus_per_node", "gpu_memory_gib", "peak_tflops", "host_memory_gib")
         require_positive("cluster", self, *sizes, "intra_node_gb_s", "inter_node_gb_s")
         require(0 < self.achieved_share <= 1, f"cluster.achieved_share={self.achieved_share} must lie in (0, 1].")
@@ -457,6 +492,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig | None = None
     """Where the run is to happen (+cluster=NAME): decides launch.processes and launch.device. None: this machine."""
@@ -554,7 +590,7 @@ def load_config(overrides: list[str], schema: type = Config, name: str = "train"
         return OmegaConf.to_object(composed)
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's answer to group=null
         raise ConfigError(explain(error, OmegaConf.structured(schema))) from error
 
 

@@ -38,6 +38,9 @@ from piflow_dist.distill.objectives import (
 )
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.launch.console import StepProgress, start_logging
+from piflow_dist.launch.exits import FINISHED, STOPPED
+from piflow_dist.launch.straggler import StragglerProbe
+from piflow_dist.launch.watchdog import UNWATCHED, Unwatched, Watchdog, start_watchdog
 from piflow_dist.models.initial import open_initial
 from piflow_dist.models.pretrained import open_teacher, plan_training
 from piflow_dist.models.qwen_image import build_teacher, plan_model
@@ -76,6 +79,8 @@ class Run:
     state: TrainState
     teacher_fingerprint: str | None
     """Saved with the run, which preflight refuses to continue with another teacher."""
+    watchdog: Watchdog | Unwatched
+    straggler: StragglerProbe
     saver: CheckpointSaver
     parent: str | None = None
     """The checkpoint that this process went on from."""
@@ -83,9 +88,11 @@ class Run:
     """Of the last step; saved with the weights that it gave."""
     started_from: dict[str, Any] | None = None
     """The student that init_from named, for the record; None for one that started from its teacher."""
+    stopping_ranks: Tensor | None = None
+    """How many ranks had been asked to stop by the end of the last step; the same on all of them."""
 
 
-def build_run(config: Config, topology: Topology) -> Run:
+def build_run(config: Config, topology: Topology, watchdog: Watchdog | Unwatched = UNWATCHED) -> Run:
     description = load_description(config.data.root)
     encoder = load_prompt_encoder(description.prompt_encoder)
     parallel, dtype = config.parallel, config.train.dtype
@@ -123,6 +130,8 @@ def build_run(config: Config, topology: Topology) -> Run:
         empty_LD=encoder.encode([""])[0].to(topology.device),
         state=TrainState(),
         teacher_fingerprint=open_teacher(config).fingerprint() if config.distils else None,
+        watchdog=watchdog,
+        straggler=StragglerProbe(topology.device, config.tracking.log_every),
         saver=CheckpointSaver(Path(config.run_dir) / "checkpoints", topology, config.checkpoint),
         started_from=None if initial is None else initial.lineage,
     )
@@ -141,7 +150,7 @@ def seed_from(*parts: int) -> int:
 
 def train_step(run: Run) -> tuple[Tensor, StepResult]:
     """One optimiser step: backwards of all micro-batches, then the update. Returns (mean loss over ranks, result)."""
-    config, state = run.config, run.state
+    config, state, watchdog = run.config, run.state, run.watchdog
     micro_batches, _ = config.train.accumulation(run.topology.dp_size)
     losses = []
     for micro in range(micro_batches):
@@ -150,13 +159,23 @@ def train_step(run: Run) -> tuple[Tensor, StepResult]:
         seed = seed_from(config.train.seed, state.step, micro * run.topology.dp_size + run.topology.dp_rank)
         generator = torch.Generator(run.topology.device).manual_seed(seed)
         torch.manual_seed(seed)
+        watchdog.enter("data")
+        began = time.perf_counter()
         batch = next_batch(run)
+        run.straggler.add_wait(time.perf_counter() - began)
+        watchdog.enter("forward and backward")
         losses.append(micro_step(run, batch, 1 / micro_batches, generator))
+    watchdog.enter("optimizer")
     clip = config.optim.clip if state.step >= config.optim.clip_from_step else 0.0
     result = run.model.step(lr_scale(state.step, config), clip)
+    watchdog.enter("loss")
+    # A signal reaches the ranks at different moments, before this step's end on one and after it on another: they agree in
+    # the sum that they make anyway. Over all ranks, not the data-parallel ones, as those of another slice must agree too.
     loss = torch.stack(losses).mean()
-    dist.all_reduce(loss, group=run.topology.dp_group)
-    return loss / run.topology.dp_size, result
+    totals = torch.stack([loss, torch.full_like(loss, float(watchdog.stop_requested))])
+    dist.all_reduce(totals)
+    loss, run.stopping_ranks = totals
+    return loss / run.topology.world_size, result
 
 
 def micro_step(run: Run, batch: Batch, scale: float, generator: torch.Generator) -> Tensor:
@@ -267,31 +286,38 @@ def start_save(run: Run) -> dict[str, float]:
     return run.saver.start(run.state.step, run.model, run.ema.averages, state)
 
 
-def train(run: Run, tracker: Tracker | None) -> None:
-    """The loop. Every step is recorded; checkpoints when they are due (checkpoint.every, .every_minutes) and at the end."""
-    config, state, figures = run.config, run.state, {}
-    title = Path(config.run_dir).name
+def train(run: Run, tracker: Tracker | None) -> bool:
+    """The loop. Every step is recorded; checkpoints when they are due (checkpoint.every, .every_minutes) and at the end.
+
+    Returns whether all steps are done: a request to stop (launch/signals.py) ends the loop after a checkpoint.
+    """
+    config, state, watchdog, figures = run.config, run.state, run.watchdog, {}
+    title, stop = Path(config.run_dir).name, False
     with StepProgress(title, config.train.steps, state.step, config.tracking.log_every * 5) as progress:
-        while state.step < config.train.steps:
+        while state.step < config.train.steps and not stop:
             began = time.perf_counter()
-            loss, result = train_step(run)
+            watchdog.begin_step(state.step + 1)
+            loss_tensor, result = train_step(run)
+            loss, stop = loss_tensor.item(), run.stopping_ranks.item() > 0
             state.step += 1
-            guard_not_finite(run, loss.item(), result)
+            guard_not_finite(run, loss, result)
             if result.applied:
                 run.ema.update(run.model.masters, state.step)
-                smooth = loss.item() if state.loss_smooth is None else state.loss_smooth
-                state.loss_smooth = smooth + LOSS_FORGETS * (loss.item() - smooth)
-            run.metrics = step_values(run, loss.item(), result, time.perf_counter() - began)
+                smooth = loss if state.loss_smooth is None else state.loss_smooth
+                state.loss_smooth = smooth + LOSS_FORGETS * (loss - smooth)
+            run.metrics = step_values(run, loss, result, time.perf_counter() - began)
             check_best_metric(run)
+            run.metrics |= run.straggler.measure(state.step)
             save_is_due, settled = run.saver.at_boundary(state.step)
+            watchdog.end_step("metrics and checkpoint")
             if tracker is not None:
                 tracker.log(state.step, run.metrics | figures | settled)
-                seconds = run.metrics["seconds"]
-                progress.update(state.step, f"loss {loss.item():.4f}  {seconds:.3f} s/step")
+                progress.update(state.step, f"loss {loss:.4f}  {run.metrics['seconds']:.3f} s/step")
             figures = {}
-            if save_is_due or state.step == config.train.steps:
+            if save_is_due or stop or state.step == config.train.steps:
                 figures = start_save(run)
         run.saver.wait()
+    return state.step == config.train.steps
 
 
 def check_best_metric(run: Run) -> None:
@@ -320,26 +346,48 @@ def step_values(run: Run, loss: float, result: StepResult, seconds: float) -> di
     return values
 
 
-@record
-def main() -> None:
-    config = read_config(Path(sys.argv[1]))
-    # Ctrl-C reaches every process of a terminal at once; the launcher alone answers it and ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    topology = start_process_group(config.launch.device, config.launch.timeout_seconds, config.parallel.tp)
-    start_logging(topology.rank, f"{config.run_dir}/logs/rank_{topology.rank}.log")
-    run = build_run(config, topology)
+def work(config: Config, topology: Topology, watchdog: Watchdog) -> int:
+    """A whole training; the exit code (launch/exits.py)."""
+    run = build_run(config, topology, watchdog)
     resume(run)
     tracker = Tracker(config, run.state.step + 1, topology.world_size) if topology.is_main else None
     status = "FAILED"
     try:
-        train(run, tracker)
-        status = "FINISHED"
+        done = train(run, tracker)
+        status = "FINISHED" if done else "SCHEDULED"  # MLflow's word for a run that is to go on
     finally:
         run.saver.close(config.launch.timeout_seconds)
         if tracker is not None:
             tracker.close(status)
+    if not done and topology.is_main:
+        log.info("stopped by %s after step %d, with a checkpoint", watchdog.request.name, run.state.step)
+    return FINISHED if done else STOPPED
+
+
+@record
+def main(config_file: str | None = None) -> int:
+    """A training process; its exit code (launch/exits.py). config_file: default: the first argument of the command."""
+    config = read_config(Path(config_file or sys.argv[1]))
+    # Ctrl-C reaches every process of a terminal at once; the launcher alone answers it and ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    topology = start_process_group(config.launch.device, config.launch.timeout_seconds, config.parallel.tp)
+    require(
+        topology.world_size == config.launch.processes,
+        f"{topology.world_size} processes were started for launch.processes={config.launch.processes}.",
+    )
+    logs = Path(config.run_dir) / "logs"
+    console = start_logging(topology.rank, logs, config.launch.log_level)
+    with start_watchdog(config, topology, logs, console) as watchdog:
+        try:
+            code = work(config, topology, watchdog)
+            dist.barrier()  # rank 0 may hold the store that the watchdogs ask
+        except BaseException as error:
+            watchdog.failed(error)
+            raise
+    dist.barrier()
     dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

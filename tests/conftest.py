@@ -2,9 +2,10 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -116,6 +117,25 @@ def student_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, teach
     done = run_tool("launch", *STUDENT, f"data.root={tiny_data}", f"distill.teacher={teacher_run}", f"run_dir={run}")
     assert done.returncode == 0, done.stdout
     return run
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[object]:
+    """A running SLURM (tests/slurm/local_cluster.py). Skips where it cannot be had; CI=true must have it."""
+    from local_cluster import LocalCluster, Unavailable, install
+
+    try:
+        install()
+    except Unavailable as reason:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"no SLURM here: {reason}")
+    cluster = LocalCluster()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 def read_weights(checkpoint: Path, ema: bool = True) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "tracking.",
     "cluster",
     "cluster.",
+    "watchdog.",
     "train.steps",
     "train.micro_batch_size",
     "train.max_skipped",

@@ -1,6 +1,7 @@
 """What people see: progress as a live bar on a terminal, plain lines with the remaining time elsewhere; logs; commands to type."""
 
 import logging
+import os
 import shutil
 import sys
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,6 +28,11 @@ def program(name: str) -> str:
     return near if "/" in near else f"./{near}"
 
 
+def is_slurm_task() -> bool:
+    """Started by srun itself. What it prints goes to a log, although srun --unbuffered makes it look like a terminal."""
+    return "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 class StepProgress:
     """Progress of `total` steps. `update(step, text)` after each; plain lines every `every` steps without a terminal."""
 
@@ -35,7 +42,7 @@ class StepProgress:
         self.bar = None
 
     def __enter__(self) -> "StepProgress":
-        if console.is_terminal:
+        if console.is_terminal and not is_slurm_task():
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -77,16 +84,25 @@ def progress_of(title: str) -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
-def start_logging(rank: int, log_file: str | None) -> None:
-    """Warnings and messages to stderr on rank 0, everything to the rank's log file."""
-    handlers: list[logging.Handler] = []
+def start_logging(rank: int, folder: Path, level: str = "INFO") -> TextIO:
+    """Messages of this package to folder/rank_N.log and, on rank 0, to stderr. Returns the stream of the job's own output.
+
+    Under srun all ranks share one output; as torchrun does, what ranks other than 0 print goes to a file, rank_N.out.
+    """
+    console = sys.stderr
+    if rank != 0 and is_slurm_task():
+        console = os.fdopen(os.dup(2), "w")
+        output = os.open(folder / f"rank_{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.close(output)
+    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank}.log")]
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stderr))
-    if log_file:
-        handlers.append(logging.FileHandler(log_file))
     layout = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
     for handler in handlers:
         handler.setFormatter(layout)
     root = logging.getLogger()
     root.handlers, root.level = handlers, logging.WARNING
-    logging.getLogger("piflow_dist").setLevel(logging.INFO)
+    logging.getLogger("piflow_dist").setLevel(level)
+    return console

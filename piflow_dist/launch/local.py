@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from piflow_dist.config import ConfigError, LaunchConfig
+from piflow_dist.launch.failures import failure_path, read_failure
 from piflow_dist.parallel.topology import LAUNCHER_PID
 
 
@@ -63,6 +64,7 @@ def run_workers(module: str, arguments: list[str], launch: LaunchConfig, log_dir
     check_port(launch.port)
     check_devices(launch)
     log_dir.mkdir(parents=True, exist_ok=True)
+    failure_path(log_dir.parent).unlink(missing_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(launch.threads or default_threads(launch.processes))
     # Libraries tell users what their own authors should change; -W or PYTHONWARNINGS brings it back.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
@@ -108,6 +110,12 @@ def describe(failure: "ChildFailedError", log_dir: Path) -> str:
     # A process that was killed takes the others with it; on a loaded machine they may be found dead together.
     killed = [(rank, found) for rank, found in failure.failures.items() if found.exitcode < 0]
     rank, first = killed[0] if killed else failure.get_first_failure()
+    known = read_failure(log_dir.parent)
+    if known is not None and not killed:
+        where = f"in step {known.step}, {known.phase}" if known.step else f"before the first step ({known.phase})"
+        return (
+            f"Process {known.rank} failed {where}; the other processes were ended too. Logs: {log_dir}.\n{known.reason}"
+        )
     if first.exitcode < 0:
         cause = f"was ended by {signal.Signals(-first.exitcode).name}"
     else:

@@ -16,7 +16,14 @@ from piflow_dist.models.weights import check_fits
 
 
 def check_run(config: Config) -> None:
-    """Raise ConfigError where the run could not work."""
+    """Raise ConfigError where the run could not work on this machine."""
+    check_request(config)
+    check_port(config.launch.port)
+    check_devices(config.launch)
+
+
+def check_request(config: Config) -> None:
+    """Raise ConfigError where the run could not work on any machine that sees these files."""
     check_writable(Path(config.run_dir))
     check_data(config)
     if config.distils:
@@ -24,9 +31,6 @@ def check_run(config: Config) -> None:
     check_continuation(config)
     if config.init_from is not None and newest_checkpoint(config) is None:
         check_initial(config)
-    if config.cluster is None:  # of a cluster's nodes this machine knows nothing
-        check_port(config.launch.port)
-        check_devices(config.launch)
 
 
 def check_writable(folder: Path) -> None:

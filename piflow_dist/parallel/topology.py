@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from piflow_dist.parallel.environment import default_threads, find_place, set_environment
+
 if TYPE_CHECKING:
     from piflow_dist.parallel.groups import ParallelUnit
 
@@ -66,9 +68,14 @@ def partition_dim(parameter: torch.nn.Parameter) -> int | None:
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """auto | cpu | cuda -> this process's device. Raises ValueError where the wanted one is not there."""
+    """auto | cpu | cuda -> this process's device. Raises ValueError where the wanted one is not there.
+
+    A scheduler may show each process all GPUs of the node or only its own one.
+    """
     if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
         count = torch.cuda.device_count()
+        if count == 1 and "SLURM_LOCALID" in os.environ and LAUNCHER_PID not in os.environ:
+            return torch.device("cuda", 0)
         if local_rank >= count:
             raise ValueError(
                 f"Process {local_rank} of this machine has no GPU: {count} found. "
@@ -79,13 +86,16 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def start_process_group(device: str, timeout_seconds: int, tp: int = 1) -> Topology:
-    """Join the process group described by torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*).
+    """Join the process group of torchrun's or SLURM's processes.
 
     tp: ranks per tensor-parallel group; must divide the number of processes.
     """
     die_with_parent()
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    chosen = choose_device(device, local_rank)
+    place = find_place()
+    set_environment(place)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(default_threads(place))
+    chosen = choose_device(device, place.local_rank)
     timeout = timedelta(seconds=timeout_seconds)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -99,14 +109,15 @@ def start_process_group(device: str, timeout_seconds: int, tp: int = 1) -> Topol
         from piflow_dist.parallel.groups import start_groups
 
         start_groups(tp, timeout)
-    return Topology(rank, world_size, local_rank, chosen, tp)
+    return Topology(place.rank, place.world_size, place.local_rank, chosen, tp)
 
 
 def die_with_parent() -> None:
     """Ask Linux to end this process when its launcher dies, also by SIGKILL, so that none is left behind."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        # Not SIGTERM, which asks a training process for a last checkpoint: the next launch may be on its way already.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # A launcher that died during this process's imports sends no signal any more.
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher and os.getppid() != int(launcher):

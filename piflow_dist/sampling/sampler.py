@@ -25,6 +25,7 @@ from piflow_dist.flow.solvers import euler_sample, policy_sample
 from piflow_dist.launch.console import StepProgress
 from piflow_dist.models.heads import make_policy
 from piflow_dist.models.pretrained import load_model
+from piflow_dist.parallel.environment import find_place
 from piflow_dist.parallel.topology import choose_device, die_with_parent
 from piflow_dist.policies import DXPolicy, GMFlowPolicy
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request, part_path
@@ -104,8 +105,9 @@ def main() -> None:
     config = read_config(Path(sys.argv[1]), SampleConfig)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = choose_device(config.launch.device, local_rank)
+    place = find_place()
+    rank, world_size = place.rank, place.world_size
+    device = choose_device(config.launch.device, place.local_rank)
     request, out = build_request(config), Path(config.out)
     parts = request.parts()
     mine = [part for part in range(rank, len(parts), world_size) if not part_path(out, part).exists()]

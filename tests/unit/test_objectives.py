@@ -134,6 +134,8 @@ def test_an_image_gets_the_same_noise_whatever_the_split(tiny_data, monkeypatch)
     """A global batch of 8 in micro-batches of 2 on 1, 2 and 4 processes; train_step seeds, the real stream serves."""
     from data_pipeline.stream import LatentStream
     from piflow_dist import train
+    from piflow_dist.launch.straggler import StragglerProbe
+    from piflow_dist.launch.watchdog import UNWATCHED
 
     def draws(dp_size: int, dp_rank: int, seed: int = 7) -> dict[tuple[int, bytes], tuple[bytes, float]]:
         """(step, images) -> (the generator's noise, torch's own), of three steps."""
@@ -155,11 +157,13 @@ def test_an_image_gets_the_same_noise_whatever_the_split(tiny_data, monkeypatch)
                 data=DataConfig(root="unused"),
                 train=TrainConfig(batch_size=8, micro_batch_size=2, seed=seed),
             ),
-            topology=SimpleNamespace(dp_group=None, dp_size=dp_size, dp_rank=dp_rank, device=torch.device("cpu")),
+            topology=SimpleNamespace(dp_size=dp_size, dp_rank=dp_rank, world_size=dp_size, device=torch.device("cpu")),
             stream=LatentStream(tiny_data, "train", **options),
             model=SimpleNamespace(step=lambda lr_scale, clip: None),
             state=train.TrainState(),
             empty_LD=torch.zeros(1, 64),
+            watchdog=UNWATCHED,
+            straggler=StragglerProbe(torch.device("cpu"), every=10),
         )
         for run.state.step in range(3):
             losses.clear()
@@ -167,7 +171,7 @@ def test_an_image_gets_the_same_noise_whatever_the_split(tiny_data, monkeypatch)
             assert_close(loss, torch.stack(losses).mean() / dp_size)  # all_reduce adds the other ranks' shares
         return found
 
-    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor, group: None)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: None)
     whole = draws(1, 0)
     assert len(whole) == 12 == len(set(whole.values()))
     for dp_size in (2, 4):

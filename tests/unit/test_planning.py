@@ -234,14 +234,12 @@ def test_the_tool(capsys: pytest.CaptureFixture) -> None:
     assert "tensor-parallel rank 1 of 2" in capsys.readouterr().out
 
 
-def test_launching_on_a_cluster(refused_by: Callable, tmp_path: Path, tiny_data: Path) -> None:
+def test_a_dry_run_shows_the_plan(tmp_path: Path, tiny_data: Path) -> None:
     run_dir = f"run_dir={tmp_path / 'run'}"
-    message = refused_by("launch")("+cluster=a100x64", "experiment=qwen_gmm", run_dir)
-    assert "not submitted" in message and "launch.dry_run=true" in message
     run = ("objective=flow_matching", "model=qwen_image_tiny", f"data.root={tiny_data}", "train.batch_size=32", run_dir)
     done = run_tool("launch", "+cluster=local_slurm", *run, "launch.dry_run=true")
     assert done.returncode == 0, done.stdout
-    assert "4 processes would train" in done.stdout and "Memory per GPU" in done.stdout
+    assert "would be submitted" in done.stdout and "Memory per GPU" in done.stdout
 
 
 def test_a_rank_is_like_the_others() -> None:

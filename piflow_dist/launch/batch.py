@@ -1,0 +1,115 @@
+"""What batch scripts (slurm/common.sh) ask on a job's first node: `python -m piflow_dist.launch.batch COMMAND ...`.
+
+prepare key=value ...   check a training and write its configuration; prints the run folder
+after RUN_DIR CODE      what comes after the processes ended with CODE: exit code, and on stdout the seconds to wait before a retry
+sample key=value ...    check a request for images and write its settings; prints the folder, or nothing where all is there
+gather DIR              join the images that the tasks made
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from piflow_dist.cli import fail
+from piflow_dist.config import Config, ConfigError, load_config, read_config, require, save_config
+from piflow_dist.launch.exits import FAILED, REFUSED
+from piflow_dist.launch.failures import failure_path, read_failure
+from piflow_dist.launch.restarts import decide
+
+
+def tell(text: str) -> None:
+    """To people: stdout is read by the script."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def with_tasks(overrides: list[str]) -> list[str]:
+    """The job's tasks are the processes, whatever the experiment says (a cluster says so itself)."""
+    return [*overrides, f"launch.processes={os.environ['SLURM_NTASKS']}"]
+
+
+def check_tasks(config: Config) -> None:
+    tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_JOB_NUM_NODES"])
+    require(
+        config.launch.processes == tasks,
+        f"cluster.nodes={config.cluster and config.cluster.nodes} and cluster.gpus_per_node are for {config.launch.processes} "
+        f"processes, but this job has {tasks} tasks. Give sbatch --nodes and --ntasks-per-node to match, or no +cluster.",
+    )
+    require(
+        tasks % nodes == 0 and (tasks // nodes) % config.parallel.tp == 0,
+        f"parallel.tp={config.parallel.tp} does not divide the tasks of a node ({tasks} on {nodes} nodes): a group would span "
+        "two nodes. Choose a divisor of --ntasks-per-node.",
+    )
+
+
+def prepare(overrides: list[str]) -> None:
+    from piflow_dist.launch.continuation import describe_continuation, set_aside
+    from piflow_dist.launch.preflight import check_request
+
+    # A job that is requeued runs this again: only its first attempt may set an earlier training aside.
+    again = ["checkpoint.resume=true"] if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else []
+    config = load_config([*with_tasks(overrides), *again])
+    check_tasks(config)
+    check_request(config)
+    for line in describe_continuation(config):
+        tell(line)
+    if (previous := set_aside(config)) is not None:
+        tell(f"checkpoint.resume={config.checkpoint.resume}: what is not continued is kept in {previous}.")
+    prepare_run_dir(config)
+    print(config.run_dir)
+
+
+def prepare_run_dir(config: Config) -> None:
+    run_dir = Path(config.run_dir)
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    failure_path(run_dir).unlink(missing_ok=True)
+    save_config(config, run_dir / "config.yaml")
+
+
+def after(arguments: list[str]) -> int:
+    run_dir, code = Path(arguments[0]), int(arguments[1])
+    decision = decide(run_dir, os.environ.get("SLURM_JOB_ID", "none"), code)
+    tell(decision.message)
+    failure = read_failure(run_dir)
+    if code and failure is not None:
+        tell(failure.describe())  # the last lines of the log
+    print(decision.wait)
+    return decision.code
+
+
+def sample(overrides: list[str]) -> None:
+    from piflow_dist.sampling.gather import prepare_folder
+    from piflow_dist.sampling.settings import SampleConfig, build_request
+
+    config = load_config(with_tasks(overrides), SampleConfig, "sample")
+    request = build_request(config)
+    if prepare_folder(request):
+        tell(f"{config.out}: all {len(request.prompts)} images are there.")
+        return
+    (Path(config.out) / "logs").mkdir(exist_ok=True)
+    save_config(config, Path(config.out) / "settings.yaml")
+    print(config.out)
+
+
+def gather_images(arguments: list[str]) -> None:
+    from piflow_dist.sampling.gather import gather
+    from piflow_dist.sampling.settings import SampleConfig, build_request
+
+    request = build_request(read_config(Path(arguments[0]) / "settings.yaml", SampleConfig))
+    gather(request)
+    tell(f"{arguments[0]}: {len(request.prompts)} images.")
+
+
+def main(command: str, *arguments: str) -> int:
+    from piflow_dist.checkpoint.files import CheckpointError
+
+    tools = {"prepare": prepare, "after": after, "sample": sample, "gather": gather_images}
+    try:
+        return tools[command](list(arguments)) or 0
+    except ConfigError as error:
+        fail(f"error: {error}", REFUSED)
+    except CheckpointError as error:
+        fail(f"error: {error}", FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,129 @@
+"""The first failure of a job, told to all ranks within a second or two and kept in the run folder for the last lines of the log.
+
+Without it, every rank whose partner died reports a failed collective of its own, some of them only at NCCL's time limit.
+"""
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from piflow_dist.checkpoint.files import write_atomic
+from piflow_dist.launch.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+KEY = "piflow/failure"
+ANSWERS = 3.0
+"""Seconds in which the other ranks say where they are, and in which a rank that lost another waits for that one's own words."""
+LOST = ("connection closed", "connection reset", "broken pipe", "socket", "nccl", "remote process exited", "timed out")
+"""Words in the errors of a collective whose other end is gone."""
+
+
+SILENT = "does not answer"
+
+
+@dataclass(frozen=True)
+class Failure:
+    rank: int
+    step: int
+    """The step (from 1) that was under way; 0 while the run was being built."""
+    phase: str
+    reason: str
+    """In a line or two."""
+    text: str
+    """Traceback, or stacks of all threads, with the reason at the end."""
+    others: dict[str, str] = field(default_factory=dict)
+    """rank -> "step N, phase" of the other ranks; "does not answer" where they did not say."""
+
+    def describe(self) -> str:
+        """For the end of a log: where the others were, the text, and who failed last, as that is read first."""
+        places: dict[str, list[str]] = {}
+        for rank, place in self.others.items():
+            places.setdefault(place, []).append(rank)
+        others = "; ".join(f"rank {', '.join(ranks)}: {place}" for place, ranks in places.items())
+        return f"{self.text.rstrip()}\nRank {self.rank} failed in step {self.step}, {self.phase}." + (
+            f" The others: {others}." if others else ""
+        )
+
+
+def failure_path(run_dir: Path) -> Path:
+    return run_dir / "logs" / "failure.json"
+
+
+def read_failure(run_dir: Path) -> Failure | None:
+    """What the last attempt died of, where one of its ranks could still say it."""
+    path = failure_path(run_dir)
+    return Failure(**json.loads(path.read_text())) if path.exists() else None
+
+
+def is_lost_partner(error: BaseException) -> bool:
+    """Whether an exception says no more than that another rank is gone."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in LOST)
+
+
+class Failures:
+    """One job's failure, in the store through which its ranks met. Every call answers within seconds."""
+
+    def __init__(self, rank: int, world_size: int, address: str, port: int, run_dir: Path):
+        self.rank, self.world_size, self.run_dir = rank, world_size, run_dir
+        # A connection of its own: the process group's is locked while a thread waits in it.
+        self.store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        if rank == 0:
+            failure_path(run_dir).unlink(missing_ok=True)
+
+    def elsewhere(self) -> str | None:
+        """The other rank that failed first, if one did; "0" where the store is gone, which rank 0 or its launcher holds."""
+        try:
+            first = self.store.get(KEY).decode() if self.store.check([KEY]) else None
+        except dist.DistError:
+            first = "0"
+        return None if first == str(self.rank) else first
+
+    def wait_for_another(self, request: StopRequest) -> bool:
+        """For a rank that lost another one: whether a rank reports its own failure soon."""
+        deadline = time.monotonic() + ANSWERS
+        while time.monotonic() < deadline and not request.made:
+            if self.elsewhere() is not None:
+                return True
+            time.sleep(0.1)
+        return False
+
+    def answer(self, step: int, phase: str) -> None:
+        """Tell the rank that failed where this one is."""
+        try:
+            self.store.set(f"{KEY}/{self.rank}", f"step {step}, {phase}")
+        except dist.DistError:
+            log.warning("rank 0 is gone, and the store of the job with it")
+
+    def report(self, failure: Failure) -> Failure | None:
+        """Report this rank's failure. Returns it as kept in the run folder, or None where another rank's came first."""
+        try:
+            if self.store.compare_set(KEY, "", str(self.rank)).decode() != str(self.rank):
+                self.answer(failure.step, failure.phase)
+                return None
+            return self.keep(failure, self._collect())
+        except dist.DistError:
+            return self.keep(failure)
+
+    def keep(self, failure: Failure, said: dict[int, str] | None = None) -> Failure:
+        """Write a failure to the run folder, with what other ranks answered."""
+        others = {str(rank): (said or {}).get(rank, SILENT) for rank in range(self.world_size) if rank != self.rank}
+        failure = replace(failure, others=others)
+        write_atomic(failure_path(self.run_dir), json.dumps(asdict(failure)))
+        return failure
+
+    def _collect(self) -> dict[int, str]:
+        said: dict[int, str] = {}
+        deadline = time.monotonic() + ANSWERS
+        while len(said) < self.world_size - 1 and time.monotonic() < deadline:
+            for rank in range(self.world_size):
+                if rank != self.rank and rank not in said and self.store.check([f"{KEY}/{rank}"]):
+                    said[rank] = self.store.get(f"{KEY}/{rank}").decode()
+            time.sleep(0.05)
+        return said

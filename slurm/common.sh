@@ -1,0 +1,113 @@
+# What the batch scripts beside it share; sourced, also by the scripts that tools/launch.py submits. See docs/cluster.md.
+#
+# The site file (configs/site/NAME.sh, chosen by PIFLOW_SITE=NAME or a path; else configs/site/site.sh, where it exists) knows the
+# cluster: sbatch's own variables (SBATCH_PARTITION, SBATCH_ACCOUNT, ...), PIFLOW_CONTAINER, PIFLOW_MOUNTS, PIFLOW_PYTHON,
+# what gloo and NCCL read, and a function site_setup for modules and the like.
+set -u
+
+site_file() {
+    local site=${PIFLOW_SITE:-site}
+    case $site in
+        */*) echo "$site" ;;
+        *) echo "$PIFLOW_ROOT/configs/site/$site.sh" ;;
+    esac
+}
+
+load_site() {
+    local file
+    file=$(site_file)
+    if [ -f "$file" ]; then
+        set -a
+        source "$file"
+        set +a
+    elif [ -n "${PIFLOW_SITE:-}" ]; then
+        echo "error: PIFLOW_SITE=$PIFLOW_SITE: there is no $file. Give a name from configs/site/ or a path with a slash." >&2
+        exit 2
+    fi
+}
+
+# Outside a job a batch script submits itself, with the site's values: slurm/qwen_gmm.sh [key=value ...]
+submit() {
+    command -v sbatch > /dev/null || { echo "error: no sbatch here. Log in to a machine of the cluster." >&2; exit 2; }
+    exec sbatch --chdir="$PIFLOW_ROOT" "$@"
+}
+
+# The interpreter: the site's, that of the repository's environment, or the first of PATH (a container's).
+python_of_job() {
+    if [ -n "${PIFLOW_PYTHON:-}" ]; then
+        echo "$PIFLOW_PYTHON"
+    elif [ -z "${PIFLOW_CONTAINER:-}" ] && [ -x "$PIFLOW_ROOT/.venv/bin/python" ]; then
+        echo "$PIFLOW_ROOT/.venv/bin/python"
+    else
+        echo python
+    fi
+}
+
+prepare_job() {
+    if declare -F site_setup > /dev/null; then site_setup; fi
+    PYTHON=$(python_of_job)
+    export PYTHONPATH="$PIFLOW_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    # Libraries tell users what their own authors should change; set the variable to bring it back.
+    export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::FutureWarning,ignore::DeprecationWarning}
+    # A step does not take over the job's --cpus-per-task, and gets one core a task where none is asked for.
+    local per_node=${SLURM_NTASKS_PER_NODE:-1}
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$(( ${SLURM_CPUS_ON_NODE:-1} / per_node > 0 ? ${SLURM_CPUS_ON_NODE:-1} / per_node : 1 ))}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+    local end
+    if end=$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2> /dev/null)" +%s 2> /dev/null); then
+        export PIFLOW_END_TIME=$end
+    fi
+    CONTAINER=()
+    if [ -n "${PIFLOW_CONTAINER:-}" ]; then
+        local mounts="$PIFLOW_ROOT:$PIFLOW_ROOT${PIFLOW_MOUNTS:+,$PIFLOW_MOUNTS}"
+        CONTAINER=(--container-image="$PIFLOW_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD")
+    fi
+    # Bash waits for srun, which passes signals on, before it answers them itself.
+    trap : TERM USR1 USR2
+}
+
+# One process in the job's environment, on the first node.
+alone() {
+    if [ ${#CONTAINER[@]} -gt 0 ]; then
+        srun --nodes=1 --ntasks=1 --overlap "${CONTAINER[@]}" "$PYTHON" "$@"
+    else
+        "$PYTHON" "$@"
+    fi
+}
+
+# All tasks of the job. One that fails ends the others.
+everywhere() {
+    srun --kill-on-bad-exit=1 --unbuffered ${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" "$@"
+}
+
+# resumable COMMAND ...: work that a second run continues. Before the time limit (--signal=B:USR1@60) the job is requeued.
+resumable() {
+    trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+    "$@" &
+    wait $!
+}
+
+# train key=value ...: check, train, and continue or end. The job's exit code is that of the training (docs/cluster.md).
+train() {
+    local run_dir
+    run_dir=$(alone -m piflow_dist.launch.batch prepare "$@") || exit
+    everywhere -m piflow_dist.launch.task "$run_dir/config.yaml"
+    after_training "$run_dir" $?
+}
+
+# after_training RUN_DIR CODE: requeue the job where that can help, and end.
+after_training() {
+    local delay decision
+    delay=$(alone -m piflow_dist.launch.batch after "$1" "$2")
+    decision=$?
+    # exits.STOPPED. A job that is cancelled, or that SLURM itself requeues, is not running any more.
+    if [ $decision = 75 ] && scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then
+        echo "Job $SLURM_JOB_ID goes back to the queue." >&2
+        scontrol requeue "$SLURM_JOB_ID" || echo "This job cannot be requeued: submit it again, it goes on from its checkpoint." >&2
+        if [ "$delay" -gt 0 ]; then scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$delay"; fi
+    fi
+    exit $decision
+}
+
+load_site
+if [ -n "${SLURM_JOB_ID:-}" ]; then prepare_job; fi

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# A data set for training: sbatch slurm/prepare_data.sh out=DIR source=... [key=value ...], from the repository's folder.
+#SBATCH --job-name=prepare_data
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@60
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+export PIFLOW_ROOT=${PIFLOW_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
+source "$PIFLOW_ROOT/slurm/common.sh" || exit 2
+[ -n "${SLURM_JOB_ID:-}" ] || submit "$0" "$@"
+resumable everywhere tools/prepare_data.py "$@"

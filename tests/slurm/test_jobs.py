@@ -1,0 +1,315 @@
+"""Trainings as SLURM jobs over two nodes: the plain script to its end, and a submitted one that is disturbed in every way.
+
+The disturbed job must end with the numbers of the undisturbed one, bit for bit, in one MLflow run.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from conftest import REPO, TINY, read_weights, write_diffusers_teacher
+from local_cluster import LocalCluster, processes_of
+
+from piflow_dist.checkpoint.files import newest_complete
+from piflow_dist.tracking.tracker import read_metrics
+
+STEPS = 90
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> list[str]:
+    """experiment=qwen_gmm, which the script gives, on a random teacher of the tiny model and on the CPU."""
+    teacher = write_diffusers_teacher(tmp_path_factory.mktemp("teacher"))
+    return [
+        *TINY,
+        "train.dtype=fp32",
+        "policy.num_components=3",
+        "policy.logstd_inner_dim=16",
+        "lora.rank=4",
+        "lora.alpha=4",
+        "optim.lr=0.01",
+        f"distill.teacher={teacher}",
+        f"data.root={tiny_data}",
+        f"train.steps={STEPS}",
+        "train.batch_size=8",
+        "train.micro_batch_size=1",
+        "checkpoint.every=10",
+    ]
+
+
+def steps_done(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
+def checkpoint_step(run_dir: Path) -> int:
+    path = newest_complete(run_dir / "checkpoints")[0]
+    return int(path.name.removeprefix("step_")) if path is not None else 0
+
+
+def run_script(slurm: LocalCluster, folder: Path, *words: str, code: int = 0) -> str:
+    """The log of a batch script that ends with `code`. words: sbatch's options, the script, its arguments."""
+    log = folder / "script.log"
+    log.unlink(missing_ok=True)
+    done = slurm.run(
+        *("sbatch", "--wait", f"--output={log}", *words),
+        check=False,
+        PIFLOW_ROOT=str(REPO),
+        PIFLOW_PYTHON=sys.executable,
+    )
+    assert done.returncode == code, (done.stdout, log.read_text() if log.exists() else "no log")
+    return log.read_text()
+
+
+# Plain scripts
+
+
+@pytest.fixture(scope="module")
+def scripted(slurm: LocalCluster, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(run folder, log) of slurm/qwen_gmm.sh, undisturbed."""
+    folder = tmp_path_factory.mktemp("scripted")
+    nodes = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
+    log = run_script(slurm, folder, *nodes, str(REPO / "slurm" / "qwen_gmm.sh"), *arguments, f"run_dir={folder}/run")
+    return folder / "run", log
+
+
+def test_the_plain_script_trains_on_two_nodes(scripted: tuple[Path, str]) -> None:
+    run_dir, log = scripted
+    assert [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert checkpoint_step(run_dir) == STEPS
+    assert log.rstrip().endswith(f"Finished at step {STEPS}.")
+
+
+def test_the_log_is_rank_0s_and_every_rank_has_its_own(scripted: tuple[Path, str]) -> None:
+    run_dir, log = scripted
+    assert "rank 0 INFO" in log and not re.search(r"rank [123] ", log)
+    assert {path.name for path in (run_dir / "logs").glob("*.log")} == {f"rank_{rank}.log" for rank in range(4)}
+
+
+def test_images_are_sampled_by_all_tasks_and_only_once(
+    slurm: LocalCluster, scripted: tuple[Path, str], tmp_path: Path
+) -> None:
+    script = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", str(REPO / "slurm" / "sample.sh")]
+    request = [f"source={scripted[0]}", f"out={tmp_path / 'out'}", "images_per_prompt=2", "batch_size=3", "substeps=16"]
+    log = run_script(slurm, tmp_path, *script, *request, "launch.device=cpu", "launch.threads=1")
+    assert "6 images" in log and len(list((tmp_path / "out" / "images").glob("*.png"))) == 6
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["processes"] == 2
+    assert "all 6 images are there" in run_script(slurm, tmp_path, *script, *request)
+
+
+def test_a_data_set_is_prepared(slurm: LocalCluster, tmp_path: Path) -> None:
+    script = ["--cpus-per-task=1", str(REPO / "slurm" / "prepare_data.sh")]
+    log = run_script(slurm, tmp_path, *script, f"out={tmp_path / 'data'}", "source=digits", "keep_images=false")
+    assert f"{tmp_path / 'data'}: " in log and (tmp_path / "data" / "dataset.json").is_file()
+
+
+def test_a_script_with_a_bad_key_ends_at_once(slurm: LocalCluster, tmp_path: Path) -> None:
+    nodes = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1")
+    log = run_script(slurm, tmp_path, *nodes, str(REPO / "slurm" / "qwen_dx.sh"), "data.rot=x", code=2)
+    assert "error: Key 'rot' is not in struct" in log or "error: data.rot" in log
+    assert "Traceback" not in log
+
+
+# The disturbed job
+
+
+@dataclass
+class Disturbed:
+    run_dir: Path
+    output: str
+    """What tools/launch.py printed."""
+    job: str
+    saved: dict[str, int] = field(default_factory=dict)
+    """Kind of disturbance -> step of the newest checkpoint when it was over."""
+    reached: dict[str, int] = field(default_factory=dict)
+    """Kind of disturbance -> last step done."""
+    log: str = ""
+
+
+def tasks_on(cluster: LocalCluster, node: str) -> dict[int, int]:
+    """Process id -> rank of the training's processes on a node."""
+    found = {}
+    for pid in processes_of(cluster.folder):
+        try:
+            words = (Path("/proc") / str(pid) / "environ").read_bytes().decode(errors="replace").split("\0")
+            command = (Path("/proc") / str(pid) / "cmdline").read_bytes()
+        except OSError:
+            continue
+        variables = dict(word.partition("=")[::2] for word in words if "=" in word)
+        if b"piflow_dist.launch.task" in command and variables.get("SLURMD_NODENAME") == node:
+            rank = variables.get("SLURM_PROCID")
+            if rank is not None and b"srun" not in command:
+                found[pid] = int(rank)
+    return found
+
+
+@pytest.fixture(scope="module")
+def disturbed(
+    slurm: LocalCluster, arguments: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Disturbed]:
+    """One job of tools/launch.py that meets a time limit, TERM, a requeue, a killed rank and a lost node, one after the other."""
+    run_dir = tmp_path_factory.mktemp("disturbed") / "run"
+    submitted = slurm.run(
+        *(sys.executable, str(REPO / "tools" / "launch.py"), "+cluster=local_slurm", "experiment=qwen_gmm"),
+        *(*arguments, f"run_dir={run_dir}", "launch.hours=0.1", "launch.warning_seconds=355"),
+        PIFLOW_PYTHON=sys.executable,
+    )
+    job = re.search(r"Submitted job (\d+)", submitted.stdout).group(1)
+    course = Disturbed(run_dir, submitted.stdout, job)
+    try:
+        disturb(slurm, course)
+        yield course
+    finally:
+        slurm.run("scancel", job, check=False)
+        for node in ("n1", "n2"):
+            if slurm.daemons[node].poll() is not None:
+                slurm.start_node(node)
+
+
+def disturb(slurm: LocalCluster, course: Disturbed) -> None:
+    def pending(kind: str, restarts: int) -> None:
+        """Wait until the job has been requeued, and note what it had reached."""
+        slurm.wait_until(lambda: requeued(restarts), f"requeue after {kind}: {read_log(course)}")
+        course.saved[kind], course.reached[kind] = checkpoint_step(course.run_dir), steps_done(course.run_dir)
+
+    def alive() -> dict[str, str]:
+        found = slurm.job(course.job)
+        assert found["JobState"] not in ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT"), (found, read_log(course))
+        return found
+
+    def requeued(restarts: int) -> bool:
+        found = alive()
+        return found["JobState"] == "PENDING" and found["Restarts"] == str(restarts)
+
+    def running_until(step: int) -> None:
+        slurm.start_now(course.job)
+        slurm.wait_until(lambda: steps_done(course.run_dir) >= step or not alive(), f"step {step}")
+
+    # The time limit's warning; it may come while the processes are still starting.
+    pending("time limit", 1)
+    slurm.run("scontrol", "update", f"JobId={course.job}", "TimeLimit=60")
+
+    running_until(course.reached["time limit"] + 3)
+    slurm.run("scancel", "--signal=TERM", course.job)
+    pending("TERM", 2)
+
+    running_until(course.reached["TERM"] + 3)
+    slurm.run("scontrol", "requeue", course.job)
+    pending("requeue", 3)
+
+    running_until(course.saved["requeue"] + 3)
+    victim = next(pid for pid, rank in tasks_on(slurm, "n2").items() if rank == 3)
+    os.kill(victim, signal.SIGKILL)
+    pending("killed rank", 4)
+
+    running_until(course.saved["killed rank"] + 3)
+    lost = tasks_on(slurm, "n2")
+    slurm.kill_node("n2")
+    for pid in lost:
+        os.kill(pid, signal.SIGSTOP)  # a lost node computes nothing
+    pending("lost node", 5)
+    for pid in lost:
+        os.kill(pid, signal.SIGKILL)
+    slurm.start_node("n2")
+    slurm.wait_until(lambda: slurm.node_states() == ["idle", "idle"], "both nodes")
+
+    slurm.start_now(course.job)
+    slurm.wait_for_state(course.job, "COMPLETED", "FAILED")
+    course.log = read_log(course)
+
+
+def read_log(course: Disturbed) -> str:
+    path = course.run_dir / "slurm" / f"{course.job}_0_log.out"
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def test_the_launcher_says_where_everything_is(disturbed: Disturbed) -> None:
+    output, run_dir = disturbed.output, disturbed.run_dir
+    for words in (str(run_dir), f"{disturbed.job}_0_log.out", "mlflow ui", f"scancel {disturbed.job}", "tail -F"):
+        assert words in output
+
+
+@pytest.mark.parametrize("kind", ["time limit", "TERM"])
+def test_a_stop_is_saved_at_the_step_where_it_came(disturbed: Disturbed, kind: str) -> None:
+    assert disturbed.saved[kind] == disturbed.reached[kind] > 0
+    assert f"Stopped at step {disturbed.saved[kind]}.\nJob {disturbed.job} goes back to the queue." in disturbed.log
+
+
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(disturbed: Disturbed) -> None:
+    assert disturbed.saved["killed rank"] < disturbed.reached["killed rank"]
+    assert f"Failed after step {disturbed.reached['killed rank']} (failure 1 of 3 there)." in disturbed.log
+
+
+def test_the_disturbed_job_equals_the_undisturbed_one(disturbed: Disturbed, scripted: tuple[Path, str]) -> None:
+    found, want = (read_metrics(folder / "metrics.jsonl") for folder in (disturbed.run_dir, scripted[0]))
+    assert f"Finished at step {STEPS}" in disturbed.log
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    for key in ("loss", "grad_norm", "lr", "ema_decay"):
+        assert [row[key] for row in found] == [row[key] for row in want], key
+    weights, wanted = (read_weights(newest_complete(f / "checkpoints")[0]) for f in (disturbed.run_dir, scripted[0]))
+    assert all(weights[name].equal(wanted[name]) for name in wanted)
+
+
+def test_all_attempts_are_one_mlflow_run(disturbed: Disturbed) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{disturbed.run_dir.parent / 'mlflow.db'}")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "qwen_image"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted(metric.step for metric in history) == list(range(1, STEPS + 1))
+
+
+# What else the launcher does with a real SLURM
+
+
+def launch(slurm: LocalCluster, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    command = (sys.executable, str(REPO / "tools" / "launch.py"), "+cluster=local_slurm", "experiment=qwen_gmm")
+    return slurm.run(*command, *words, check=False, PIFLOW_PYTHON=sys.executable, **environment)
+
+
+def test_following_a_job_shows_its_log_to_the_end(
+    slurm: LocalCluster, disturbed: Disturbed, arguments: list[str]
+) -> None:
+    """The disturbed run, finished, is submitted again: there is nothing left to do."""
+    done = launch(slurm, *arguments, f"run_dir={disturbed.run_dir}", "launch.follow=true")
+    assert done.returncode == 0, done.stdout
+    job = re.search(r"Submitted job (\d+)", done.stdout).group(1)
+    assert f"continuing from {disturbed.run_dir}/checkpoints/step_{STEPS:08d}" in done.stdout
+    assert done.stdout.rstrip().endswith(f"Finished at step {STEPS}.\nJob {job}: completed.")
+
+
+def test_what_sbatch_refuses_is_said_in_its_words_and_leaves_no_job(
+    slurm: LocalCluster, arguments: list[str], tmp_path: Path
+) -> None:
+    before = slurm.jobs()
+    done = launch(slurm, *arguments, f"run_dir={tmp_path / 'run'}", SBATCH_PARTITION="moon")
+    assert done.returncode == 2 and "invalid partition" in done.stdout and "Traceback" not in done.stdout, done.stdout
+    done = launch(slurm, *arguments, f"run_dir={tmp_path / 'run'}", "cluster.nodes=3", "train.batch_size=12")
+    assert (
+        done.returncode == 2 and "node configuration is not available" in done.stdout and "Traceback" not in done.stdout
+    ), done.stdout
+    assert slurm.jobs() == before
+
+
+def test_a_sweep_is_an_array_and_cancelled_jobs_stay_cancelled(
+    slurm: LocalCluster, arguments: list[str], tmp_path: Path
+) -> None:
+    done = launch(slurm, "-m", *arguments, "train.seed=1,2", f"run_dir={tmp_path / 'sweep'}")
+    assert done.returncode == 0, done.stdout
+    job = re.search(r"Submitted job (\d+): an array of 2 jobs", done.stdout).group(1)
+    shown = slurm.run("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%i").stdout.split()
+    assert sorted(shown) == [f"{job}_0", f"{job}_1"]
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"train.seed=1", "train.seed=2", "slurm"}
+    slurm.wait_until(lambda: slurm.job(f"{job}_0")["JobState"] == "RUNNING", "the array's first job")
+    slurm.run("scancel", job)
+    slurm.wait_for_state(f"{job}_0", "CANCELLED")
