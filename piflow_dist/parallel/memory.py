@@ -14,11 +14,9 @@ from data_pipeline.prompts import load_prompt_encoder
 from piflow_dist.config import CONFIG_DIR, ClusterConfig, Config, ConfigError, require
 from piflow_dist.parallel.dryrun import RankBytes, build_models, fake_world, rank_bytes, trace_step
 from piflow_dist.parallel.tracker import Record
-from piflow_dist.parallel.zero import DTYPES
+from piflow_dist.parallel.zero import BUCKET_ELEMENTS, DTYPES
 
 GIB = 1 << 30
-BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's reduce_bucket_size: gradients wait in a buffer of this many elements to be sent together."""
 KEPT_FOR_REUSE = 550_000_000
 """Elements that DeepSpeed prefetches (50 million) or keeps gathered because they are soon read again (half of
 stage3_max_reuse_distance), where its trace of the modules holds: not with mode=tied."""
