@@ -54,9 +54,8 @@ prepare_job() {
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$(( ${SLURM_CPUS_ON_NODE:-1} / per_node > 0 ? ${SLURM_CPUS_ON_NODE:-1} / per_node : 1 ))}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
     local end
-    if end=$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2> /dev/null)" +%s 2> /dev/null); then
-        export PIFLOW_END_TIME=$end
-    fi
+    end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2> /dev/null) || end=
+    if [ -n "$end" ] && end=$(date --date="$end" +%s 2> /dev/null); then export PIFLOW_END_TIME=$end; fi
     CONTAINER=()
     if [ -n "${PIFLOW_CONTAINER:-}" ]; then
         local mounts="$PIFLOW_ROOT:$PIFLOW_ROOT${PIFLOW_MOUNTS:+,$PIFLOW_MOUNTS}"
