@@ -9,7 +9,7 @@ A set on disk:
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,12 @@ class DatasetDescription:
     """The settings of `prepare` that the content depends on."""
     created_by: Mapping[str, str]
     """Versions of the packages that wrote the set."""
+    latents: str = "stored"
+    """stored, online (training encodes the stored images) or none (prompts only: training starts from noise)."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Samples of the source that could not be used, by reason; one by one in left_out.jsonl."""
+    changed: Mapping[str, int] = field(default_factory=dict)
+    """Samples that had to be changed, by what was changed."""
 
     @property
     def splits(self) -> dict[str, int]:
@@ -102,7 +108,10 @@ class DatasetDescription:
             "prompt_encoder": dict(self.prompt_encoder),
             "prompt_dim": self.prompt_dim,
             "prompts": list(self.prompts),
+            "latents": self.latents,
             "splits": _splits_to_json(self.bucket_lists),
+            "left_out": dict(self.left_out),
+            "changed": dict(self.changed),
             "request": dict(self.request),
             "created_by": dict(self.created_by),
         }
@@ -137,6 +146,9 @@ def load_description(root: str | Path) -> DatasetDescription:
             source=content["source"],
             request=content["request"],
             created_by=content["created_by"],
+            latents=content.get("latents", "stored"),  # sets of earlier versions have stored ones
+            left_out=content.get("left_out", {}),
+            changed=content.get("changed", {}),
         )
         recorded = content["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
