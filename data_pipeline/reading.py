@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.errors import DataError
 from data_pipeline.items import Item, Span
-from data_pipeline.scan import read_shard_entries
+from data_pipeline.mds import read_shard, read_shard_entries, row_columns, stored_file
 from data_pipeline.screen import Limits, Unusable, screen_caption, screen_image
 
 SHARDS_IN_MEMORY = 2
@@ -96,50 +94,19 @@ class _ShardRows:
         with self._lock:
             entry, shard = self._open(path)
         try:
-            begin, end = np.frombuffer(shard, np.uint32, count=2, offset=4 * (1 + row)).tolist()
-            at = begin
-            sizes = []
-            for fixed in entry["column_sizes"]:
-                if not fixed:
-                    (fixed,) = np.frombuffer(shard, np.uint32, count=1, offset=at).tolist()
-                    at += 4
-                sizes.append(fixed)
-            place = entry["column_names"].index(column)
-            start = at + sum(sizes[:place])
-            if start + sizes[place] > end:
-                raise ValueError("a column reaches beyond its row")
+            return row_columns(shard, row, entry)[column]
         except ValueError as error:
             raise DataError(f"{path}, row {row}: cannot be read ({error}). Restore the shard.") from error
-        return shard[start : start + sizes[place]]
 
     def _open(self, path: Path) -> tuple[dict[str, Any], bytes]:
         if path not in self._entries:
             self._entries |= {
-                path.parent / (entry["zip_data"] or entry["raw_data"])["basename"]: entry
-                for entry in read_shard_entries(path.parent / "index.json")
+                stored_file(path.parent, entry): entry for entry in read_shard_entries(path.parent / "index.json")
             }
         if path in self._loaded:
             self._loaded.move_to_end(path)
         else:
-            self._loaded[path] = _shard_bytes(path, self._entries[path])
+            self._loaded[path] = read_shard(path, self._entries[path])
             while len(self._loaded) > SHARDS_IN_MEMORY:
                 self._loaded.popitem(last=False)
         return self._entries[path], self._loaded[path]
-
-
-def _shard_bytes(path: Path, entry: dict[str, Any]) -> bytes:
-    """The decompressed shard, with whatever hash its index has checked."""
-    from data_pipeline.compat import repair_torchvision
-
-    repair_torchvision()
-    from streaming.base.compression import decompress
-    from streaming.base.hashing import get_hash
-
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}). Restore the shard.") from error
-    for name, value in (entry["zip_data"] or entry["raw_data"])["hashes"].items():
-        if get_hash(name, data) != value:
-            raise DataError(f"{path} is damaged (its {name} is not the index's). Restore the shard.")
-    return decompress(entry["compression"], data) if entry["zip_data"] else data

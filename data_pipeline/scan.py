@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipeline.errors import DataError
 from data_pipeline.items import Item, Span
+from data_pipeline.mds import read_shard_entries
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -222,22 +223,6 @@ def scan_mds(folder: Path, image_column: str, caption_column: str) -> Iterator[I
                 span = Span(file, row=row)
                 key = f"{stem}/{row:06d}" if prefix == "." else f"{prefix}/{stem}/{row:06d}"
                 yield Item(key, span, caption_at=span)
-
-
-def read_shard_entries(index: Path) -> list[dict[str, Any]]:
-    try:
-        shards = json.loads(index.read_text())["shards"]
-        for shard in shards:
-            if shard["format"] != "mds" or shard["version"] != 2:
-                raise DataError(
-                    f"{index} lists {shard['format']} shards of version {shard['version']}; mds, 2 is read."
-                )
-            _ = shard["raw_data"]["basename"], shard["zip_data"], shard["samples"], shard["column_sizes"]
-        return shards
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{index} is damaged ({error!r}).") from error
 
 
 def _check_columns(place: object, found: Any, wanted: tuple[str, ...]) -> None:
