@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.store import download, is_remote, mirror_folder
 
 FORMAT = 1
 FILE_NAME = "dataset.json"
@@ -45,6 +46,7 @@ class Bucket:
 @dataclass(frozen=True, kw_only=True)
 class DatasetDescription:
     root: Path
+    """Its folder; for a remote set the local folder that mirrors its dataset.json."""
     bucket_lists: Mapping[str, tuple[Bucket, ...]]
     """Per split."""
     codec: Mapping[str, Any]
@@ -66,6 +68,8 @@ class DatasetDescription:
     """Samples of the source that could not be used, by reason; one by one in left_out.jsonl."""
     changed: Mapping[str, int] = field(default_factory=dict)
     """Samples that had to be changed, by what was changed."""
+    remote: str | None = None
+    """URL of a set in a remote store."""
 
     @property
     def splits(self) -> dict[str, int]:
@@ -88,6 +92,11 @@ class DatasetDescription:
         if split not in self.bucket_lists:
             raise ValueError(f"{self.root} has no split {split!r}. Its splits: {', '.join(self.bucket_lists)}.")
         return self.bucket_lists[split]
+
+    @property
+    def location(self) -> str:
+        """Where its files are read from: a folder or a URL."""
+        return self.remote or str(self.root)
 
     def folder(self, split: str, bucket: Bucket) -> Path:
         return self.root / split / bucket.name
@@ -119,10 +128,14 @@ class DatasetDescription:
 
 
 def load_description(root: str | Path) -> DatasetDescription:
-    """Read <root>/dataset.json.
+    """Read <root>/dataset.json; root is a folder or a URL such as s3://bucket/set.
 
     Raises FileNotFoundError where there is none, DataError where it cannot be read or is not of this format.
     """
+    remote = str(root).rstrip("/") if is_remote(root) else None
+    if remote is not None:
+        root = mirror_folder(remote)
+        download(f"{remote}/{FILE_NAME}", root / FILE_NAME)  # always: the set may have been replaced
     path = Path(root) / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(
@@ -149,6 +162,7 @@ def load_description(root: str | Path) -> DatasetDescription:
             latents=content.get("latents", "stored"),  # sets of earlier versions have stored ones
             left_out=content.get("left_out", {}),
             changed=content.get("changed", {}),
+            remote=remote,
         )
         recorded = content["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
