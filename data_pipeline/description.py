@@ -85,6 +85,12 @@ class DatasetDescription:
         return next(iter(shapes))
 
     @property
+    def typical_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the bucket with most samples."""
+        buckets = [bucket for buckets in self.bucket_lists.values() for bucket in buckets]
+        return max(buckets, key=lambda bucket: bucket.samples).latent_shape
+
+    @property
     def latent_channels(self) -> int:
         return next(bucket.latent_shape[0] for buckets in self.bucket_lists.values() for bucket in buckets)
 

@@ -80,7 +80,9 @@ class ShardSet(StreamingDataset):
             )
         with _standing_alone():
             super().__init__(
-                streams=[Stream(local=str(local)) for local in locals_],
+                streams=[
+                    _stream(f"{self._root}/{place}", local) for place, local in zip(self._places, locals_, strict=True)
+                ],
                 validate_hash=HASH,
                 batch_size=1,  # set per call of `epoch_order`
                 shuffle=shuffle,
@@ -153,6 +155,14 @@ def _open_cache(
     # The fingerprint keeps the copies of two sets apart, also when one has replaced the other at the same path.
     own = folder / description.fingerprint[:16]
     return ShardCache(folder, cache_bytes), [own / place for place in places]
+
+
+def _stream(stored: str, local: Path) -> Stream:
+    """For the index and the order: what is in the folder is the cache's affair. Streaming removes what it does not expect,
+    which is the compressed shards where they are not in their own place."""
+    if stored == str(local):
+        return Stream(local=stored)
+    return Stream(remote=stored, local=str(local), keep_zip=False)
 
 
 def _fetch_index(description: DatasetDescription, bucket: Bucket, place: str, local: Path) -> list[dict[str, Any]]:
