@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.description import load_description
-from data_pipeline.online import OnlineEncoder
+from data_pipeline.online import DECODING, OnlineEncoder
 from data_pipeline.prompts import pad_prompts
 from data_pipeline.shards import ShardSet
 from data_pipeline.writing import from_bfloat16_bits
@@ -198,17 +198,17 @@ class LatentStream:
     def _read(self, id_lists: Iterator[list[int]]) -> Iterator[Batch]:
         if self._num_workers == 0:
             return (collate([self._samples[i] for i in ids]) for ids in id_lists)
-        return iter(
-            DataLoader(
-                self._samples,
-                batch_sampler=id_lists,
-                num_workers=self._num_workers,
-                collate_fn=collate,
-                multiprocessing_context="fork",  # the shards' shared memory has no name to attach to
-                generator=torch.Generator(),  # the loader draws a seed: not from the training's generator
-                pin_memory=torch.cuda.is_available(),
-            )
+        loader = DataLoader(
+            self._samples,
+            batch_sampler=id_lists,
+            num_workers=self._num_workers,
+            collate_fn=collate,
+            multiprocessing_context="fork",  # the shards' shared memory has no name to attach to
+            generator=torch.Generator(),  # the loader draws a seed: not from the training's generator
+            pin_memory=torch.cuda.is_available(),
         )
+        with DECODING:
+            return iter(loader)
 
     def _encoded(self, batches: Iterator[Batch], epoch: int, consumed: int) -> Iterator[Batch]:
         """Batches with latents from their images; the next one is decoded while this one is trained on."""
@@ -254,11 +254,11 @@ def read_all(root: str | Path, split: str, *, cache_dir: str | Path | None = Non
     For small sets of one bucket; raises ValueError where latents have several shapes.
     """
     description = load_description(root)
+    if description.latents != "stored":
+        raise ValueError(f"read_all gives stored latents; {root} was made with latents={description.latents}.")
     if len(description.buckets(split)) > 1:
         names = ", ".join(bucket.name for bucket in description.buckets(split))
         raise ValueError(f"read_all gives one tensor of latents; split {split!r} of {root} has the buckets {names}.")
-    if description.latents != "stored":
-        raise ValueError(f"read_all gives stored latents; {root} was made with latents={description.latents}.")
     shards = ShardSet(description, split, cache_dir=cache_dir)
     samples = [shards[i] for i in range(shards.size)]
     batch: dict[str, Any] = dict(collate(samples))
