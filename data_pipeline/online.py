@@ -4,7 +4,6 @@ B batch  C latent channels  H W latent size  c image channels  h w image size
 """
 
 import hashlib
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -20,9 +19,6 @@ from data_pipeline.screen import Limits, screen_image
 
 LIMITS = Limits(max_pixels=1 << 62, max_file_bytes=1 << 62)
 """The preparation has kept to its own."""
-DECODING = threading.Lock()
-"""Held while DALI decodes, and while workers are forked: a child that is forked in the middle of a decode in another
-thread hangs at once, in a lock of a library that nobody will release there."""
 
 
 class OnlineEncoder:
@@ -66,8 +62,7 @@ class OnlineEncoder:
             sizes.append(screen_image(encoded, LIMITS).size)
             boxes.append(crop_box(sizes[-1], bucket, (down, right)))
             mirrored.append(mirror > 0.5)
-        with DECODING:
-            pixels_Bhwc, faults = self._decoder.crop(images, sizes, boxes, bucket, mirrored)
+        pixels_Bhwc, faults = self._decoder.crop(images, sizes, boxes, bucket, mirrored)
         if faults:
             place, reason = next(iter(faults.items()))
             raise DataError(

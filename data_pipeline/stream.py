@@ -3,6 +3,7 @@
 B batch  C latent channels  H W latent size  L text tokens  D width
 """
 
+import gc
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.description import load_description
-from data_pipeline.online import DECODING, OnlineEncoder
+from data_pipeline.online import OnlineEncoder
 from data_pipeline.prompts import pad_prompts
 from data_pipeline.shards import ShardSet
 from data_pipeline.writing import from_bfloat16_bits
@@ -46,7 +47,7 @@ class LatentStream:
 
     batch_size: samples per `next()`, that is per rank and micro-batch.
     global_batch: samples per optimizer step over all ranks and micro-batches; by default batch_size * dp_size.
-    num_workers: processes that read ahead; 0 reads in `next()`, which is quick for sets that fit into memory.
+    num_workers: processes that read ahead; with 0 a thread reads one batch ahead, enough for sets that fit into memory.
     cache_dir: where shards are decompressed; by default beside the compressed ones, or below the temporary folder
         where the set is remote or read-only. All processes of a machine share it.
     cache_bytes: limit of cache_dir; by default none, and for a remote set 80 % of what is free.
@@ -197,7 +198,7 @@ class LatentStream:
 
     def _read(self, id_lists: Iterator[list[int]]) -> Iterator[Batch]:
         if self._num_workers == 0:
-            return (collate([self._samples[i] for i in ids]) for ids in id_lists)
+            return self._read_ahead(id_lists)
         loader = DataLoader(
             self._samples,
             batch_sampler=id_lists,
@@ -207,8 +208,25 @@ class LatentStream:
             generator=torch.Generator(),  # the loader draws a seed: not from the training's generator
             pin_memory=torch.cuda.is_available(),
         )
-        with DECODING:
+        # A DALI pipeline that is garbage here must not be collected in a worker: its end waits for threads that were not
+        # forked. Frozen objects stay out of the collector's sight; the worker keeps them so.
+        gc.freeze()
+        try:
             return iter(loader)
+        finally:
+            gc.unfreeze()
+
+    def _read_ahead(self, id_lists: Iterator[list[int]]) -> Iterator[Batch]:
+        """The next batch is read by a thread while this one is trained on."""
+        with ThreadPoolExecutor(1) as reader:
+            reading = reader.submit(self._read_batch, next(id_lists))
+            for ids in id_lists:
+                following = reader.submit(self._read_batch, ids)
+                yield reading.result()
+                reading = following
+
+    def _read_batch(self, ids: list[int]) -> Batch:
+        return collate([self._samples[i] for i in ids])
 
     def _encoded(self, batches: Iterator[Batch], epoch: int, consumed: int) -> Iterator[Batch]:
         """Batches with latents from their images; the next one is decoded while this one is trained on."""
@@ -242,10 +260,7 @@ class _Samples(Dataset):
         return sample
 
     def _read(self, sample_id: int) -> dict[str, Any]:
-        sample = self._shards[sample_id]
-        if "latents" not in sample:
-            sample["latent_shape"] = self._shards.latent_shape(sample_id)
-        return sample
+        return as_tensors(self._shards[sample_id], self._shards.latent_shape(sample_id))
 
 
 def read_all(root: str | Path, split: str, *, cache_dir: str | Path | None = None) -> dict[str, Any]:
@@ -260,25 +275,35 @@ def read_all(root: str | Path, split: str, *, cache_dir: str | Path | None = Non
         names = ", ".join(bucket.name for bucket in description.buckets(split))
         raise ValueError(f"read_all gives one tensor of latents; split {split!r} of {root} has the buckets {names}.")
     shards = ShardSet(description, split, cache_dir=cache_dir)
-    samples = [shards[i] for i in range(shards.size)]
+    samples = [as_tensors(shards[i], shards.latent_shape(i)) for i in range(shards.size)]
     batch: dict[str, Any] = dict(collate(samples))
     if samples and "image" in samples[0]:
         batch["images"] = [sample["image"] for sample in samples]
     return batch
 
 
+def as_tensors(row: dict[str, Any], latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """A row of a shard with float32 tensors; done once for sets that are kept in memory."""
+    row["prompt_embeds"] = from_bfloat16_bits(row["prompt_embeds"]).float()
+    if "latents" in row:
+        row["latents"] = torch.from_numpy(row["latents"].astype(np.float32))
+    else:
+        row["latent_shape"] = latent_shape
+    return row
+
+
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
     """Rows of one bucket; "images" and "latent_shape" are in the batch where latents have still to be made of them."""
-    embeds_BLD, mask_BL = pad_prompts([from_bfloat16_bits(sample["prompt_embeds"]) for sample in samples])
+    embeds_BLD, mask_BL = pad_prompts([sample["prompt_embeds"] for sample in samples])
     batch = Batch(
         latents=torch.empty(0),
-        prompt_embeds=embeds_BLD.float(),
+        prompt_embeds=embeds_BLD,
         prompt_mask=mask_BL,
         prompts=[sample["prompt"] for sample in samples],
         keys=[sample["key"] for sample in samples],
     )
     if "latents" in samples[0]:
-        batch["latents"] = torch.from_numpy(np.stack([sample["latents"] for sample in samples])).float()
+        batch["latents"] = torch.stack([sample["latents"] for sample in samples])
     elif "image" in samples[0]:
         batch |= {"images": [sample["image"] for sample in samples], "latent_shape": samples[0]["latent_shape"]}
     else:

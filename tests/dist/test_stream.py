@@ -77,14 +77,13 @@ torch.set_num_threads(1)
 ROOT, FOLDER = Path({root!r}), Path({folder!r})
 STATE = FOLDER / "state.json"
 
-def train(rank, ranks, tp, workers, last, log):
+def train(saved, rank, ranks, tp, workers, last, log):
     stream = LatentStream(
         ROOT, "train", batch_size=8 * tp // ranks, seed=3, dp_rank=rank // tp, dp_size=ranks // tp, global_batch=8,
         num_workers=workers, cache_dir=FOLDER / "cache", cache_bytes={cache},
     )
     step = 0
-    if STATE.exists():
-        saved = json.loads(STATE.read_text())
+    if saved:
         stream.load_state_dict(saved["data"])
         step = saved["step"]
     with open(FOLDER / f"{{log}}-{{rank}}", "w") as lines:
@@ -101,12 +100,13 @@ def train(rank, ranks, tp, workers, last, log):
 
 for line in sys.stdin:
     ranks, tp, workers, last, log = json.loads(line)
+    saved = json.loads(STATE.read_text()) if STATE.exists() else None  # for all ranks alike: they do not wait for each other
     children = []
     for rank in range(ranks):
         children.append(os.fork())
         if children[-1] == 0:
             try:
-                train(rank, ranks, tp, workers, last, log)
+                train(saved, rank, ranks, tp, workers, last, log)
             finally:
                 os._exit(1)
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
