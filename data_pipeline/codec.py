@@ -13,6 +13,9 @@ from torch import Tensor
 
 from data_pipeline.compat import repair_torchvision
 
+PIXELS_AT_ONCE = 4 << 20
+"""Of one pass through the VAE, whose first layers keep hundreds of numbers a pixel: 4 images of 1024 x 1024."""
+
 
 class Codec(Protocol):
     latent_channels: int
@@ -110,8 +113,12 @@ class QwenImageCodec:
     @torch.no_grad()
     def encode(self, images_Bchw: Tensor) -> Tensor:
         _check_image_shape(images_Bchw, self.image_channels, self.downscale)
-        posterior = self._vae.encode(images_Bchw.to(self._dtype).unsqueeze(2)).latent_dist
-        return (posterior.mode().squeeze(2).float() - self._mean_1C11) / self._std_1C11
+        at_once = max(1, PIXELS_AT_ONCE // (images_Bchw.shape[2] * images_Bchw.shape[3]))
+        means_BCHW = [
+            self._vae.encode(part_Bchw.to(self._dtype).unsqueeze(2)).latent_dist.mode().squeeze(2).float()
+            for part_Bchw in images_Bchw.split(at_once)
+        ]
+        return (torch.cat(means_BCHW) - self._mean_1C11) / self._std_1C11
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:

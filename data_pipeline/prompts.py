@@ -67,6 +67,9 @@ QWEN_TEMPLATE_TOKENS = 34
 """Length of the template up to the prompt; those hidden states are the same for every prompt and are dropped."""
 
 
+PROMPTS_AT_ONCE = 32
+
+
 class QwenPromptEncoder:
     """Last hidden states of Qwen2.5-VL over Qwen-Image's prompt template, the first 34 dropped, at most 512 kept.
 
@@ -95,8 +98,12 @@ class QwenPromptEncoder:
         self._model = model.model.to(device).eval().requires_grad_(False)
         self.dim = model.config.get_text_config().hidden_size
 
-    @torch.no_grad()
     def encode(self, prompts: list[str]) -> list[Tensor]:
+        starts = range(0, len(prompts), PROMPTS_AT_ONCE)
+        return [embed_LD for start in starts for embed_LD in self._encode(prompts[start : start + PROMPTS_AT_ONCE])]
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> list[Tensor]:
         tokens = self._tokenizer(
             [QWEN_TEMPLATE.format(prompt) for prompt in prompts],
             max_length=self._max_tokens + QWEN_TEMPLATE_TOKENS,

@@ -4,13 +4,12 @@ StreamingDataset ties the processes of a machine together by shared memory with 
 by collective calls in its constructor. That has three bad ends: a killed run's segments stay and stop the next one; two
 runs that start together take the same name; ranks that do not all open the set wait for each other for ever. Here each
 process opens the set as if it were alone, and the memory has no name: its workers inherit it, and the kernel frees it
-with them, however they end. What processes do share is the folder of decompressed shards, and a lock file guards that.
+with them, however they end. What processes do share is the folder of decompressed shards: `data_pipeline/cache.py`.
 """
 
 import logging
 import mmap
 import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +20,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from data_pipeline.cache import ShardCache, default_limit
 from data_pipeline.compat import repair_torchvision
-from data_pipeline.description import HASH, DatasetDescription, read_index
+from data_pipeline.description import HASH, Bucket, DatasetDescription, read_index
 from data_pipeline.errors import DataError
+from data_pipeline.mds import read_shard_entries
+from data_pipeline.store import default_cache, read_stored
 
 repair_torchvision()
 
@@ -31,11 +33,12 @@ import streaming.base.dataset as streaming_dataset  # noqa: E402  (torchvision m
 import streaming.base.shared.array as streaming_array  # noqa: E402
 from streaming import Stream, StreamingDataset  # noqa: E402
 from streaming.base.batching import generate_work  # noqa: E402
-from streaming.base.hashing import get_hash  # noqa: E402
 from streaming.base.world import World  # noqa: E402
 
 SHUFFLE_BLOCK = 1 << 18
 """Samples travel at most about this far in a shuffle, so that an epoch of a large set needs few shards at a time."""
+SHARDS_IN_CACHE = 4
+"""A smaller cache would throw out what another process is about to read."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +54,35 @@ class ShardSet(StreamingDataset):
         seed: int = 0,
         shuffle: bool = False,
         cache_dir: str | Path | None = None,
+        cache_bytes: int | None = None,
+        smallest_bucket: int = 1,
     ):
-        buckets = description.buckets(split)
-        self._sources = [description.folder(split, bucket) for bucket in buckets]
-        for folder, bucket in zip(self._sources, buckets, strict=True):
-            if read_index(folder / "index.json") != bucket.shards:
-                raise DataError(
-                    f"{folder}/index.json does not list the shards that dataset.json describes: files of two sets are "
-                    "mixed. Prepare the set again with overwrite=true."
+        """smallest_bucket: buckets of fewer samples are left out, with a warning."""
+        buckets = [bucket for bucket in description.buckets(split) if bucket.samples >= smallest_bucket]
+        for bucket in description.buckets(split):
+            if bucket not in buckets:
+                logger.warning(
+                    "bucket %s of split %s of %s is left out: its %d samples do not fill a batch of %d",
+                    *(bucket.name, split, description.location, bucket.samples, smallest_bucket),
                 )
-        streams = [_open_stream(description, folder, cache_dir) for folder in self._sources]
-        with _standing_alone(), _locked(streams):
+        self._root = description.location
+        self._places = [f"{split}/{bucket.name}" for bucket in buckets]
+        self._shapes = [bucket.latent_shape for bucket in buckets]
+        self._cache, locals_ = _open_cache(description, self._places, cache_dir, cache_bytes)
+        self._entries = []
+        for bucket, place, local in zip(buckets, self._places, locals_, strict=True):
+            self._entries += _fetch_index(description, bucket, place, local)
+        largest = max(entry["raw_data"]["bytes"] for entry in self._entries)
+        if self._cache.limit is not None and self._cache.limit < SHARDS_IN_CACHE * largest:
+            raise ValueError(
+                f"The cache {self._cache.folder} may hold {self._cache.limit / 2**30:.3g} GiB, fewer than "
+                f"{SHARDS_IN_CACHE} shards of {largest / 2**30:.3g} GiB. Set a larger cache_gb, or a cache_dir with room."
+            )
+        with _standing_alone():
             super().__init__(
-                streams=streams,
+                streams=[
+                    _stream(f"{self._root}/{place}", local) for place, local in zip(self._places, locals_, strict=True)
+                ],
                 validate_hash=HASH,
                 batch_size=1,  # set per call of `epoch_order`
                 shuffle=shuffle,
@@ -73,8 +92,7 @@ class ShardSet(StreamingDataset):
                 num_canonical_nodes=1,  # the order must not depend on how many machines read it
                 batching_method="per_stream",
             )
-        # Protects the shard states, which only this process and its workers share.
-        self._cache_filelock_path = os.path.join(streams[0].local, ".states.lock")
+        self._locals = locals_
         self._checked: set[int] = set()
 
     def epoch_order(self, epoch: int, global_batch: int) -> np.ndarray:
@@ -87,77 +105,83 @@ class ShardSet(StreamingDataset):
             order = generate_work(self.batching_method, self, _OneProcess.detect(), epoch, 0)
         return order.reshape(-1, global_batch)
 
+    def latent_shape(self, sample_id: int) -> tuple[int, int, int]:
+        """(C, H, W) of the bucket that a sample is in."""
+        shard_id, _ = self.spanner[sample_id]
+        return self._shapes[self.stream_per_shard[shard_id]]
+
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         shard_id, row = self.spanner[sample_id]
-        if shard_id not in self._checked:
-            self._drop_damaged_copy(shard_id)
-            self.prepare_shard(shard_id)
-            self._checked.add(shard_id)
         try:
-            return super().get_item(sample_id, retry)
-        except DataError:
-            raise
+            if shard_id not in self._checked:
+                self.prepare_shard(shard_id)
+            sample = super().get_item(sample_id, retry)  # calls prepare_shard where the shard has left the cache
+        except DataError as error:
+            raise DataError(f"{error} (Wanted: row {row}.)") from error
         except (ValueError, IndexError, KeyError) as error:
-            raise DataError(f"{self._path(shard_id)}, row {row}: cannot be read ({error}).") from error
+            raise DataError(f"{self._name(shard_id)}, row {row}: cannot be read ({error}).") from error
+        self._cache.used(self._raw(shard_id))
+        return sample
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        try:
-            super().prepare_shard(shard_id, blocking)
-        except BaseException:
-            # Else it stays "being prepared", and whoever asks for it next waits for ever.
-            self._shard_states[shard_id] = streaming_dataset._ShardState.REMOTE
-            raise
+        stream_id = self.stream_per_shard[shard_id]
+        self._cache.bring(self._root, self._places[stream_id], self._entries[shard_id], self._locals[stream_id])
+        self._checked.add(shard_id)
 
-    def _path(self, shard_id: int) -> Path:
-        return self._sources[self.stream_per_shard[shard_id]] / self.shards[shard_id].zip_data.basename
+    def _name(self, shard_id: int) -> str:
+        entry = self._entries[shard_id]
+        stored = (entry["zip_data"] or entry["raw_data"])["basename"]
+        return f"{self._root}/{self._places[self.stream_per_shard[shard_id]]}/{stored}"
 
-    def _drop_damaged_copy(self, shard_id: int) -> None:
-        """A decompressed shard left by an earlier run is used only if its hash is right; else it is made anew."""
-        shard = self.shards[shard_id]
-        path = Path(shard.dirname, shard.split, shard.raw_data.basename)
-        if path.is_file() and get_hash(HASH, path.read_bytes()) != shard.raw_data.hashes[HASH]:
-            logger.warning("%s is damaged; it is decompressed again", path)
-            path.unlink(missing_ok=True)
+    def _raw(self, shard_id: int) -> Path:
+        return self._locals[self.stream_per_shard[shard_id]] / self._entries[shard_id]["raw_data"]["basename"]
 
 
-class _CheckedStream(Stream):
-    """One bucket. Several processes, also of different runs, may use its folder at the same time."""
-
-    @property
-    def lock(self) -> FileLock:
-        return FileLock(os.path.join(self.local, ".lock"))
-
-    def prepare_shard(self, shard: Any) -> int:
-        name = shard.zip_data.basename
-        source = Path(self.remote or self.local, name)
-        if not source.is_file():
-            raise DataError(f"{source} is missing. Restore it, or prepare the set again with overwrite=true.")
-        with self.lock:
-            try:
-                return super().prepare_shard(shard)
-            except ValueError as error:  # "Checksum failure"
-                if self.remote is not None:  # `local` holds a copy of the damaged file: the next try copies anew
-                    Path(self.local, name).unlink(missing_ok=True)
-                raise DataError(
-                    f"{source} is damaged ({error}). Restore it, or prepare the set again with overwrite=true."
-                ) from error
-            except OSError as error:
-                raise OSError(
-                    f"Cannot decompress {source} into {self.local}: {error}. Free space there, or set cache_dir."
-                ) from error
-
-
-def _open_stream(description: DatasetDescription, folder: Path, cache_dir: str | Path | None) -> _CheckedStream:
-    """The bucket in `folder`, decompressed in place where that is possible and no cache_dir is given."""
-    if cache_dir is None and os.access(folder, os.W_OK):
-        return _CheckedStream(local=str(folder))
+def _open_cache(
+    description: DatasetDescription, places: list[str], cache_dir: str | Path | None, cache_bytes: int | None
+) -> tuple[ShardCache, list[Path]]:
+    """The cache, and the folder of every bucket in it: beside the compressed shards where nothing speaks against it."""
+    folders = [description.root / place for place in places]
+    in_place = description.remote is None and cache_dir is None and cache_bytes is None
+    if in_place and all(os.access(folder, os.W_OK) for folder in folders):
+        return ShardCache(description.root, None), folders
     if cache_dir is None:
-        cache_dir = Path(tempfile.gettempdir()) / f"mds-cache-{os.getuid()}"
-        logger.info("%s is read-only: its shards are decompressed below %s (cache_dir)", folder, cache_dir)
+        cache_dir = default_cache()
+        why = "remote" if description.remote else "read-only" if cache_bytes is None else "to be cached"
+        logger.info("%s is %s: its shards are decompressed below %s (cache_dir)", description.location, why, cache_dir)
+    folder = Path(cache_dir).absolute()
+    if cache_bytes is None and description.remote is not None:
+        cache_bytes = default_limit(folder)
     # The fingerprint keeps the copies of two sets apart, also when one has replaced the other at the same path.
-    local = Path(cache_dir) / description.fingerprint[:16] / folder.relative_to(description.root)
-    local.mkdir(parents=True, exist_ok=True)
-    return _CheckedStream(local=str(local), remote=str(folder), keep_zip=False)
+    own = folder / description.fingerprint[:16]
+    return ShardCache(folder, cache_bytes), [own / place for place in places]
+
+
+def _stream(stored: str, local: Path) -> Stream:
+    """For the index and the order: what is in the folder is the cache's affair. Streaming removes what it does not expect,
+    which is the compressed shards where they are not in their own place."""
+    if stored == str(local):
+        return Stream(local=stored)
+    return Stream(remote=stored, local=str(local), keep_zip=False)
+
+
+def _fetch_index(description: DatasetDescription, bucket: Bucket, place: str, local: Path) -> list[dict[str, Any]]:
+    """The shards of a bucket; its index.json is put into `local`. Raises DataError where it is not dataset.json's."""
+    index = local / "index.json"
+    if local != description.root / place or description.remote is not None:
+        local.mkdir(parents=True, exist_ok=True)
+        with FileLock(local / ".index.lock"):
+            content = read_stored(description.location, f"{place}/index.json", local / ".index.fetched")
+            if not index.is_file() or index.read_bytes() != content:
+                temporary = local / "index.json.tmp"
+                temporary.write_bytes(content)
+                os.replace(temporary, index)
+    if read_index(index) != bucket.shards:
+        raise DataError(
+            f"{description.location}/{place}/index.json does not list the shards that dataset.json describes: files of "
+            "two sets are mixed. Prepare the set again with overwrite=true."
+        )
+    return read_shard_entries(index)
 
 
 class _NamelessMemory:
@@ -195,19 +219,6 @@ def _standing_alone() -> Iterator[None]:
         finally:
             for (module, name, _), original in zip(replacements, originals, strict=True):
                 setattr(module, name, original)
-
-
-@contextmanager
-def _locked(streams: list[_CheckedStream]) -> Iterator[None]:
-    """Nobody else changes the streams' folders meanwhile. In one order for everybody, so that no two wait in a ring."""
-    locks = [stream.lock for stream in sorted(streams, key=lambda stream: stream.local)]
-    try:
-        for lock in locks:
-            lock.acquire()
-        yield
-    finally:
-        for lock in reversed(locks):
-            lock.release()
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def publish(staged: Path, target: Path, *, replace: bool = False) -> None:
 
     Raises FileExistsError where `target` exists and is not empty; with `replace` the old folder makes room.
     """
-    _sync(staged)
+    sync_tree(staged)
     if replace and target.exists():
         # Into the staging folder: from there it is removed with it, also if this process is killed now.
         target.rename(staged.parent / "replaced")
@@ -80,8 +80,8 @@ def _remove_abandoned(target: Path) -> None:
             os.close(owner)
 
 
-def _sync(folder: Path) -> None:
-    """Bring every file and folder below `folder` to the disk, so that the rename cannot survive without them."""
+def sync_tree(folder: Path) -> None:
+    """Bring every file and folder below `folder` to the disk, so that a rename cannot survive without them."""
     for path in folder.rglob("*"):
         _sync_entry(path)
     _sync_entry(folder)

@@ -3,7 +3,10 @@
 B batch  C latent channels  H W latent size  L text tokens  D width
 """
 
+import gc
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.description import load_description
+from data_pipeline.online import OnlineEncoder
 from data_pipeline.prompts import pad_prompts
 from data_pipeline.shards import ShardSet
 from data_pipeline.writing import from_bfloat16_bits
@@ -24,7 +28,7 @@ MEMORY_LIMIT_BYTES = 512 << 20
 
 class Batch(TypedDict):
     latents: Tensor
-    """(B,C,H,W) float32"""
+    """(B,C,H,W) float32; zeros in sets of prompts only, which know no more than the shape"""
     prompt_embeds: Tensor
     """(B,L,D) float32, zeros where there is no token"""
     prompt_mask: Tensor
@@ -43,9 +47,13 @@ class LatentStream:
 
     batch_size: samples per `next()`, that is per rank and micro-batch.
     global_batch: samples per optimizer step over all ranks and micro-batches; by default batch_size * dp_size.
-    num_workers: processes that read ahead; 0 reads in `next()`, which is quick for sets that fit into memory.
+    num_workers: processes that read ahead; with 0 a thread reads one batch ahead, enough for sets that fit into memory.
     cache_dir: where shards are decompressed; by default beside the compressed ones, or below the temporary folder
-        where the set is read-only.
+        where the set is remote or read-only. All processes of a machine share it.
+    cache_bytes: limit of cache_dir; by default none, and for a remote set 80 % of what is free.
+    device: where images are decoded and encoded in sets made with latents=online. Batches of stored latents stay in
+        (pinned, if there is a GPU) memory of the CPU.
+    augment: random crops and mirroring, for the same sets.
     """
 
     def __init__(
@@ -61,6 +69,9 @@ class LatentStream:
         num_workers: int = 0,
         global_batch: int | None = None,
         cache_dir: str | Path | None = None,
+        cache_bytes: int | None = None,
+        device: str | torch.device = "cpu",
+        augment: bool = False,
     ):
         self.description = load_description(root)
         self.batch_size, self.dp_rank, self.dp_size = batch_size, dp_rank, dp_size
@@ -74,8 +85,23 @@ class LatentStream:
             "seed": seed,
             "shuffle": shuffle,
             "global_batch": self.global_batch,
-        }
-        self._shards = ShardSet(self.description, split, seed=seed, shuffle=shuffle, cache_dir=cache_dir)
+        } | ({"augment": augment} if self.description.latents == "online" else {})
+        self._shards = ShardSet(
+            self.description,
+            split,
+            seed=seed,
+            shuffle=shuffle,
+            cache_dir=cache_dir,
+            cache_bytes=cache_bytes,
+            smallest_bucket=self.global_batch,
+        )
+        self._online = None
+        if self.description.latents == "online":
+            self._online = OnlineEncoder(
+                self.description, seed=seed, batch_size=batch_size, device=device, augment=augment
+            )
+        elif augment:
+            raise ValueError(f"augment=true changes pixels, but {root} holds latents. Prepare it with latents=online.")
         stored = sum(shard.bytes for bucket in self.description.buckets(split) for shard in bucket.shards)
         self._samples = _Samples(self._shards, keep=num_workers == 0 and stored < MEMORY_LIMIT_BYTES)
         self._orders: dict[int, np.ndarray] = {}
@@ -137,12 +163,12 @@ class LatentStream:
                 f"global_batch={self.global_batch} is not a multiple of batch_size={self.batch_size} x "
                 f"dp_size={self.dp_size}. Choose a batch_size that splits it into whole micro-batches."
             )
-        for bucket in self.description.buckets(split):
-            if bucket.samples < self.global_batch:
-                raise ValueError(
-                    f"global_batch={self.global_batch} is more than the {bucket.samples} samples of bucket "
-                    f"{bucket.name} in split {split!r} of {self.description.root}. Use a smaller batch, or more data."
-                )
+        largest = max(self.description.buckets(split), key=lambda bucket: bucket.samples)
+        if largest.samples < self.global_batch:
+            raise ValueError(
+                f"global_batch={self.global_batch} is more than the {largest.samples} samples of bucket {largest.name}, "
+                f"the largest in split {split!r} of {self.description.location}. Use a smaller batch, or more data."
+            )
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -167,19 +193,55 @@ class LatentStream:
             epoch, consumed = self._after(epoch, consumed)
 
     def _start(self, epoch: int, consumed: int) -> Iterator[Batch]:
-        id_lists = self._id_lists(epoch, consumed)
+        batches = self._read(self._id_lists(epoch, consumed))
+        return batches if self._online is None else self._encoded(batches, epoch, consumed)
+
+    def _read(self, id_lists: Iterator[list[int]]) -> Iterator[Batch]:
         if self._num_workers == 0:
-            return (collate([self._samples[i] for i in ids]) for ids in id_lists)
-        return iter(
-            DataLoader(
-                self._samples,
-                batch_sampler=id_lists,
-                num_workers=self._num_workers,
-                collate_fn=collate,
-                multiprocessing_context="fork",  # the shards' shared memory has no name to attach to
-                generator=torch.Generator(),  # the loader draws a seed: not from the training's generator
-            )
+            return self._read_ahead(id_lists)
+        loader = DataLoader(
+            self._samples,
+            batch_sampler=id_lists,
+            num_workers=self._num_workers,
+            collate_fn=collate,
+            multiprocessing_context="fork",  # the shards' shared memory has no name to attach to
+            generator=torch.Generator(),  # the loader draws a seed: not from the training's generator
+            pin_memory=torch.cuda.is_available(),
         )
+        # A DALI pipeline that is garbage here must not be collected in a worker: its end waits for threads that were not
+        # forked. Frozen objects stay out of the collector's sight; the worker keeps them so.
+        gc.freeze()
+        try:
+            return iter(loader)
+        finally:
+            gc.unfreeze()
+
+    def _read_ahead(self, id_lists: Iterator[list[int]]) -> Iterator[Batch]:
+        """The next batch is read by a thread while this one is trained on."""
+        with ThreadPoolExecutor(1) as reader:
+            reading = reader.submit(self._read_batch, next(id_lists))
+            for ids in id_lists:
+                following = reader.submit(self._read_batch, ids)
+                yield reading.result()
+                reading = following
+
+    def _read_batch(self, ids: list[int]) -> Batch:
+        return collate([self._samples[i] for i in ids])
+
+    def _encoded(self, batches: Iterator[Batch], epoch: int, consumed: int) -> Iterator[Batch]:
+        """Batches with latents from their images; the next one is decoded while this one is trained on."""
+        with ThreadPoolExecutor(1) as decoder:
+            waiting: deque[tuple[Batch, Future[Tensor]]] = deque()
+            for batch in batches:
+                images, shape = batch.pop("images"), batch.pop("latent_shape")
+                decoding = decoder.submit(self._online.decode, images, batch["keys"], epoch, shape)
+                epoch, consumed = self._after(epoch, consumed)
+                waiting.append((batch, decoding))
+                if len(waiting) == 2:
+                    yield self._finish(*waiting.popleft())
+
+    def _finish(self, batch: Batch, decoding: "Future[Tensor]") -> Batch:
+        return batch | {"latents": self._online.encode(decoding.result())}
 
 
 class _Samples(Dataset):
@@ -191,11 +253,14 @@ class _Samples(Dataset):
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
         if self._kept is None:
-            return self._shards[sample_id]
+            return self._read(sample_id)
         sample = self._kept.get(sample_id)
         if sample is None:
-            sample = self._kept[sample_id] = self._shards[sample_id]
+            sample = self._kept[sample_id] = self._read(sample_id)
         return sample
+
+    def _read(self, sample_id: int) -> dict[str, Any]:
+        return as_tensors(self._shards[sample_id], self._shards.latent_shape(sample_id))
 
 
 def read_all(root: str | Path, split: str, *, cache_dir: str | Path | None = None) -> dict[str, Any]:
@@ -204,23 +269,43 @@ def read_all(root: str | Path, split: str, *, cache_dir: str | Path | None = Non
     For small sets of one bucket; raises ValueError where latents have several shapes.
     """
     description = load_description(root)
+    if description.latents != "stored":
+        raise ValueError(f"read_all gives stored latents; {root} was made with latents={description.latents}.")
     if len(description.buckets(split)) > 1:
         names = ", ".join(bucket.name for bucket in description.buckets(split))
         raise ValueError(f"read_all gives one tensor of latents; split {split!r} of {root} has the buckets {names}.")
     shards = ShardSet(description, split, cache_dir=cache_dir)
-    samples = [shards[i] for i in range(shards.size)]
+    samples = [as_tensors(shards[i], shards.latent_shape(i)) for i in range(shards.size)]
     batch: dict[str, Any] = dict(collate(samples))
     if samples and "image" in samples[0]:
         batch["images"] = [sample["image"] for sample in samples]
     return batch
 
 
+def as_tensors(row: dict[str, Any], latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """A row of a shard with float32 tensors; done once for sets that are kept in memory."""
+    row["prompt_embeds"] = from_bfloat16_bits(row["prompt_embeds"]).float()
+    if "latents" in row:
+        row["latents"] = torch.from_numpy(row["latents"].astype(np.float32))
+    else:
+        row["latent_shape"] = latent_shape
+    return row
+
+
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
-    embeds_BLD, mask_BL = pad_prompts([from_bfloat16_bits(sample["prompt_embeds"]) for sample in samples])
-    return Batch(
-        latents=torch.from_numpy(np.stack([sample["latents"] for sample in samples])).float(),
-        prompt_embeds=embeds_BLD.float(),
+    """Rows of one bucket; "images" and "latent_shape" are in the batch where latents have still to be made of them."""
+    embeds_BLD, mask_BL = pad_prompts([sample["prompt_embeds"] for sample in samples])
+    batch = Batch(
+        latents=torch.empty(0),
+        prompt_embeds=embeds_BLD,
         prompt_mask=mask_BL,
         prompts=[sample["prompt"] for sample in samples],
         keys=[sample["key"] for sample in samples],
     )
+    if "latents" in samples[0]:
+        batch["latents"] = torch.stack([sample["latents"] for sample in samples])
+    elif "image" in samples[0]:
+        batch |= {"images": [sample["image"] for sample in samples], "latent_shape": samples[0]["latent_shape"]}
+    else:
+        batch["latents"] = torch.zeros(len(samples), *samples[0]["latent_shape"])
+    return batch

@@ -3,10 +3,10 @@
 B batch  C latent channels  H W latent size  c image channels  h w image size
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,14 @@ from data_pipeline.prompts import PromptEncoder
 from data_pipeline.source import RawSample
 
 COMPRESSION = "zstd:7"
+
+
+class Writable(Protocol):
+    """What a row of a shard is made from, beside its latents: a RawSample or a ReadSample."""
+
+    key: str
+    caption: str
+    encoded: bytes
 
 
 def in_batches(samples: Iterable[RawSample], size: int) -> Iterator[list[RawSample]]:
@@ -64,7 +72,7 @@ def latent_deviation(
 
 
 class SplitWriter:
-    """Writes one split below `folder`: a bucket per latent size, samples in the order they come."""
+    """Writes one split, or a part of it, below `folder`: a bucket per latent size, samples in the order they come."""
 
     def __init__(self, folder: Path, prompt_encoder: PromptEncoder, shard_bytes: int, keep_images: bool):
         repair_torchvision()
@@ -76,40 +84,52 @@ class SplitWriter:
         self._writers: dict[tuple[int, int, int], Any] = {}
         self._embeds: dict[str, np.ndarray] = {}
 
-    def write(self, samples: list[RawSample], latents_BCHW: Tensor) -> None:
+    def write(self, samples: Sequence[Writable], latents_BCHW: Tensor) -> None:
         """Latents are stored as float16. Raises DataError naming the sample whose latents do not fit in it."""
         half_BCHW = latents_BCHW.half()
         if not half_BCHW.isfinite().all():
             first = int((~half_BCHW.isfinite()).flatten(1).any(dim=1).nonzero()[0])
             raise DataError(f"Sample {samples[first].key}: its latents are not finite numbers of float16 range.")
-        writer = self._writer(tuple(latents_BCHW.shape[1:]))
+        self._write(samples, tuple(latents_BCHW.shape[1:]), half_BCHW.numpy())
+
+    def write_without_latents(self, samples: Sequence[Writable], latent_shape: tuple[int, int, int]) -> None:
+        """For sets that are encoded in training, or that have prompts only. One writer takes either kind, not both."""
+        self._write(samples, latent_shape, None)
+
+    def _write(self, samples: Sequence[Writable], shape: tuple[int, int, int], half_BCHW: np.ndarray | None) -> None:
+        writer = self._writer(shape, half_BCHW is not None)
         embeds = self._encode_prompts([sample.caption for sample in samples])
-        for sample, latents_CHW, embed_LD in zip(samples, half_BCHW.numpy(), embeds, strict=True):
-            row = {"latents": latents_CHW, "prompt_embeds": embed_LD, "prompt": sample.caption, "key": sample.key}
-            writer.write(row | {"image": sample.encoded} if self._keep_images else row)
+        for i, (sample, embed_LD) in enumerate(zip(samples, embeds, strict=True)):
+            row = {"prompt_embeds": embed_LD, "prompt": sample.caption, "key": sample.key}
+            if half_BCHW is not None:
+                row["latents"] = half_BCHW[i]
+            if self._keep_images:
+                row["image"] = sample.encoded
+            writer.write(row)
 
     def finish(self) -> tuple[Bucket, ...]:
         """Write what is left; the buckets as dataset.json describes them."""
-        if not self._writers:
-            raise DataError(f"Split {self._folder.name!r} has no samples.")
         buckets = []
         for shape, writer in self._writers.items():
             writer.finish()
-            name = _bucket_name(shape)
+            name = bucket_name(shape)
             shards = read_index(self._folder / name / "index.json")
             buckets.append(Bucket(name, sum(shard.samples for shard in shards), shape, shards))
         return tuple(sorted(buckets, key=lambda bucket: bucket.name))
 
-    def _writer(self, shape: tuple[int, int, int]) -> Any:
+    def _writer(self, shape: tuple[int, int, int], with_latents: bool) -> Any:
         if shape not in self._writers:
             columns = {
-                "latents": f"ndarray:float16:{','.join(map(str, shape))}",
                 "prompt_embeds": "ndarray:uint16",  # (L, D) bfloat16 bits
                 "prompt": "str",
                 "key": "str",
-            } | ({"image": "bytes"} if self._keep_images else {})
+            }
+            if with_latents:
+                columns["latents"] = f"ndarray:float16:{','.join(map(str, shape))}"
+            if self._keep_images:
+                columns["image"] = "bytes"
             self._writers[shape] = self._mds_writer(
-                out=str(self._folder / _bucket_name(shape)),
+                out=str(self._folder / bucket_name(shape)),
                 columns=columns,
                 compression=COMPRESSION,
                 hashes=[HASH],
@@ -136,5 +156,5 @@ def from_bfloat16_bits(bits: np.ndarray) -> Tensor:
     return torch.from_numpy(bits.view(np.int16).copy()).view(torch.bfloat16)
 
 
-def _bucket_name(latent_shape: tuple[int, int, int]) -> str:
+def bucket_name(latent_shape: tuple[int, int, int]) -> str:
     return f"{latent_shape[1]}x{latent_shape[2]}"

@@ -252,13 +252,28 @@ class EmaConfig:
 @dataclass(kw_only=True)
 class DataConfig:
     root: str = MISSING
-    """Folder that tools/prepare_data.py wrote."""
+    """Folder that tools/prepare_data.py wrote, or where it was copied to: s3://bucket/set and the like."""
     split: str = "train"
+    num_workers: int = 0
+    """Processes that read ahead, of each training process; 0: none, for sets that fit into memory."""
+    cache_dir: str | None = None
+    """Folder for decompressed shards, shared by the processes of a machine; default: beside the shards, or the
+    temporary folder for sets that are remote or read-only."""
+    cache_gb: float | None = None
+    """Limit of cache_dir in GiB; default: none, or 80 % of what is free for remote sets."""
+    augment: bool = False
+    """Crop at random places and mirror; for sets made with latents=online."""
     caption_dropout: float = 0.0
     """Probability to replace a prompt by the empty one, so that the model learns the unconditional velocity."""
 
     def __post_init__(self):
         require(0 <= self.caption_dropout < 1, f"data.caption_dropout={self.caption_dropout} must lie in [0, 1).")
+        require(self.num_workers >= 0, f"data.num_workers={self.num_workers} must not be negative.")
+        require(self.cache_gb is None or self.cache_gb > 0, f"data.cache_gb={self.cache_gb} must be greater than zero.")
+
+    @property
+    def cache_bytes(self) -> int | None:
+        return None if self.cache_gb is None else int(self.cache_gb * 2**30)
 
 
 @dataclass(kw_only=True)

@@ -118,11 +118,16 @@ def build_run(config: Config, topology: Topology, watchdog: Watchdog | Unwatched
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
         global_batch=config.train.batch_size,
+        num_workers=config.data.num_workers,
+        cache_dir=config.data.cache_dir,
+        cache_bytes=config.data.cache_bytes,
+        device=topology.device,
+        augment=config.data.augment,
     )
     return Run(
         config=config,
         topology=topology,
-        schedule=build_schedule(config.schedule, description.latent_shape),
+        schedule=build_schedule(config.schedule, description.typical_shape),
         model=model,
         teacher=teacher,
         ema=Ema(model.masters, config.ema.gamma, config.ema.start_step),
@@ -196,9 +201,8 @@ def micro_step(run: Run, batch: Batch, scale: float, generator: torch.Generator)
 
 def next_batch(run: Run) -> Batch:
     raw, device = run.stream.next(), run.topology.device
-    return Batch(
-        raw["latents"].to(device), raw["prompt_embeds"].to(device), raw["prompt_mask"].to(device), run.empty_LD
-    )
+    tensors = (raw[name].to(device, non_blocking=True) for name in ("latents", "prompt_embeds", "prompt_mask"))
+    return Batch(*tensors, run.empty_LD)
 
 
 def lr_scale(step: int, config: Config) -> float:

@@ -1,8 +1,10 @@
 """Write a data set that training streams from: images and captions -> latents and embeddings in MDS shards.
 
     python tools/prepare_data.py out=outputs/demo/data source=digits
+    python tools/prepare_data.py out=data/mine source=folder path=photos resolution=1024 codec=qwen_image_vae ...
+    torchrun --nproc_per_node 8 tools/prepare_data.py ...        (or srun: any number of processes share the work)
 
-A second call with the same settings finds the finished set and returns at once.
+A second call with the same settings finds the finished set and returns at once; one after a kill goes on. docs/data.md.
 """
 
 import os
@@ -19,13 +21,17 @@ def main(arguments: list[str]) -> int:
         print(list_settings(PrepareConfig))
         return 0
     try:
-        description = prepare(parse_settings(PrepareConfig, arguments))
+        config = parse_settings(PrepareConfig, arguments)
+        description = prepare(config)
     except (ValueError, OSError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prepare_data: stopped; nothing unfinished is left behind.", file=sys.stderr)
+        print("prepare_data: stopped; the same command goes on from the parts that are finished.", file=sys.stderr)
         return 130
+    if description is None:
+        print(f"{config.out}: this process has done its share; the one that finishes last publishes the set.")
+        return 0
     counts = ", ".join(f"{samples:,} {split}" for split, samples in description.splits.items())
     print(f"{description.root}: {counts}")
     return 0

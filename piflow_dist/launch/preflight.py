@@ -66,11 +66,19 @@ def check_data(config: Config) -> None:
         f"{config.data.root} holds prompt embeddings of width {dim}, the model wants "
         f"model.joint_attention_dim={config.model.joint_attention_dim}. Prepare the data with this model's prompt encoder.",
     )
-    samples = splits[config.data.split]
+    largest = max(bucket.samples for bucket in description.buckets(config.data.split))
     require(
-        samples >= config.train.batch_size,
-        f"{config.data.root} has {samples} samples in split {config.data.split}, fewer than one batch of "
-        f"train.batch_size={config.train.batch_size}. Use a smaller batch.",
+        largest >= config.train.batch_size,
+        f"{config.data.root} has {largest} samples in the largest bucket of split {config.data.split}, fewer than one "
+        f"batch of train.batch_size={config.train.batch_size}. Use a smaller batch.",
+    )
+    require(
+        description.latents != "none" or config.objective == "imitation_datafree",
+        f"{config.data.root} holds prompts only, objective={config.objective} needs images. Set objective=imitation_datafree.",
+    )
+    require(
+        description.latents == "online" or not config.data.augment,
+        f"data.augment=true changes pixels, but {config.data.root} holds latents. Prepare it with latents=online.",
     )
 
 

@@ -38,7 +38,7 @@ class Sampler:
         self.request, self.device = request, device
         run = request.run
         description = load_description(run.data.root)
-        self.latent_shape = description.latent_shape
+        self.latent_shape = description.typical_shape
         self.codec: Codec = load_codec(description.codec)
         encoder = load_prompt_encoder(description.prompt_encoder)
         unique = sorted(set(request.prompts))

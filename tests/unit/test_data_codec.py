@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.fft import dctn
+from tiny_qwen import write_tiny_vae
 from torch.testing import assert_close
 
 from data_pipeline.codec import BlockCodec, QwenImageCodec, load_codec
-from data_pipeline.compat import repair_torchvision
 
 
 def random_images(*shape: int) -> torch.Tensor:
@@ -79,22 +79,7 @@ def test_bad_input_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_vae_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    repair_torchvision()
-    from diffusers import AutoencoderKLQwenImage
-
-    torch.manual_seed(0)
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[2.0, 1.5, 0.5, 1.0],
-    )
-    folder = tmp_path_factory.mktemp("qwen_image")
-    vae.save_pretrained(folder / "vae")
-    return str(folder)
+    return str(write_tiny_vae(tmp_path_factory.mktemp("qwen_image")))
 
 
 def test_qwen_codec_normalises_as_diffusers_does(tiny_vae_folder: str) -> None:

@@ -299,7 +299,7 @@ def tool() -> Callable[[list[str]], int]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["out=x", "sorce=digits"], "Unknown key 'sorce'. Keys: out, source, codec"),
+        (["out=x", "sorce=digits"], "Unknown key 'sorce'. Keys: out, source, path"),
         (["out=x", "threads=many"], "threads=many"),
         (["out=x", "source=cats"], "source=cats is not known"),
         (["out"], "'out' is not of the form key=value"),

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_qwen import write_tiny_text_encoder
 from torch.testing import assert_close
 
-from data_pipeline.compat import repair_torchvision
 from data_pipeline.prompts import (
     QWEN_TEMPLATE,
     QWEN_TEMPLATE_TOKENS,
@@ -74,30 +74,7 @@ def test_vocabulary() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen2.5-VL with random weights and a tokenizer of single characters."""
-    repair_torchvision()
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    folder = tmp_path_factory.mktemp("qwen_image")
-    characters = sorted(set(QWEN_TEMPLATE) | set("abcdefghijklmnopqrstuvwxyz ")) + ["<pad>"]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder / "tokenizer")
-    text = {
-        "vocab_size": len(characters),
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-    model.save_pretrained(folder / "text_encoder")
-    return folder
+    return write_tiny_text_encoder(tmp_path_factory.mktemp("qwen_image"))
 
 
 def test_qwen_encoder_matches_diffusers_pipeline(tiny_qwen_folder: Path) -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from data_sets import PROMPTS, write_set
 
-from data_pipeline import shards as shards_module
 from data_pipeline.errors import DataError
 from data_pipeline.prompts import TokenTableEncoder, vocabulary
 from data_pipeline.stream import LatentStream, read_all
@@ -281,7 +280,7 @@ def test_a_read_only_set_is_decompressed_elsewhere(
 ) -> None:
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
-    monkeypatch.setattr(shards_module.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "tmp"))
     with caplog.at_level(logging.INFO, logger="data_pipeline.shards"):
         assert len(keys(open_stream(own_root), 12)) == 12
     assert "is read-only" in caplog.text
