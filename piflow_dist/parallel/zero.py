@@ -17,7 +17,6 @@ from piflow_dist.models.weights import WeightSource, check_fits
 from piflow_dist.parallel.loading import load_sharded
 from piflow_dist.parallel.topology import Topology, partition_dim
 
-
 BUCKET_ELEMENTS = 100_000_000
 """Gradients wait in a buffer of this many elements to be sent together, and are copied once more on the way: DeepSpeed's default,
 five times as large, takes 1.5 GiB more beside a 20B base, and a message of 200 MB fills every link already."""
