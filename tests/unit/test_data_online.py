@@ -128,6 +128,34 @@ def test_prompts_only_give_the_shape(sets: tuple[Path, Path], tmp_path: Path) ->
         contact_sheet(load_description(tmp_path / "set"), "train", 3)
 
 
+@pytest.mark.parametrize(
+    ("source", "overrides", "message"),
+    [
+        (0, ["data.augment=true"], "data.augment=true changes pixels, but .* holds latents"),
+        (0, ["train.batch_size=10"], "9 samples in the largest bucket of split train, fewer than one batch"),
+        (0, ["model.latent_channels=16"], "latents of 48 channels, the model wants model.latent_channels=16"),
+        (2, [], "holds prompts only, objective=flow_matching needs images. Set objective=imitation_datafree"),
+    ],
+)
+def test_the_launcher_refuses_data_that_do_not_fit(
+    sets: tuple[Path, Path], tmp_path: Path, source: int, overrides: list[str], message: str
+) -> None:
+    from piflow_dist.config import ConfigError, load_config
+    from piflow_dist.launch.preflight import check_data
+
+    if source == 2:
+        (tmp_path / "prompts.txt").write_text("a red flower\n" * 9)
+        arguments = {"source": "prompts", "like": str(sets[0])}
+        prepare(settings(tmp_path / "set", tmp_path / "prompts.txt", **arguments), show_progress=False)
+    root = tmp_path / "set" if source == 2 else sets[0]
+    shape = ["model=qwen_image_tiny", "model.latent_channels=48", "model.joint_attention_dim=8"]
+    config = [*shape, "objective=flow_matching", f"data.root={root}", f"run_dir={tmp_path}", "train.batch_size=4"]
+    if source == 0:
+        check_data(load_config(config))  # it is the override that does not fit
+    with pytest.raises(ConfigError, match=message):
+        check_data(load_config([*config, *overrides]))
+
+
 def test_a_bucket_with_fewer_samples_than_a_batch_is_left_out(tmp_path: Path, caplog) -> None:
     from data_sets import write_set
 

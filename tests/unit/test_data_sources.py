@@ -75,6 +75,11 @@ def test_a_folder_holds_what_went_in(tmp_path: Path, photos: list[tuple[str, str
         pixels_hwc = ((decoded_1chw[0] + 1) * 127.5).permute(1, 2, 0).numpy()
         assert np.abs(pixels_hwc - np.asarray(want)).mean() < 1.0  # of 255: other decoders, float16
     assert {bucket.name: bucket.samples for bucket in description.buckets("train")} == buckets
+    order = list(got)  # bucket by bucket, each in the order of the source
+    at = 0
+    for bucket in description.buckets("train"):
+        assert order[at : at + bucket.samples] == sorted(order[at : at + bucket.samples])
+        at += bucket.samples
 
 
 def table_of(photos: list[tuple[str, str, bytes]]) -> list[dict]:
