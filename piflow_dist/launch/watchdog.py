@@ -18,7 +18,8 @@ from typing import TextIO
 
 from piflow_dist.config import Config, WatchdogConfig
 from piflow_dist.launch.exits import FAILED, HUNG, STOPPED_AT_ONCE
-from piflow_dist.launch.failures import ANSWERS, Failure, Failures, is_lost_partner
+from piflow_dist.launch.failure_record import Failure
+from piflow_dist.launch.failures import ANSWERS, Failures, is_lost_partner
 from piflow_dist.launch.signals import StopRequest
 from piflow_dist.parallel.topology import Topology
 
