@@ -69,23 +69,27 @@ class Failures:
             if self.store.compare_set(KEY, "", str(self.rank)).decode() != str(self.rank):
                 self.answer(failure.step, failure.phase)
                 return None
-            return self.keep(failure, self._collect())
         except dist.DistError:
-            return self.keep(failure)
+            log.warning("rank 0 is gone, and the store of the job with it")
+        return self.keep(failure, self._collect())
 
-    def keep(self, failure: Failure, said: dict[int, str] | None = None) -> Failure:
+    def keep(self, failure: Failure, said: dict[int, str]) -> Failure:
         """Write a failure to the run folder, with what other ranks answered."""
-        others = {str(rank): (said or {}).get(rank, SILENT) for rank in range(self.world_size) if rank != self.rank}
+        others = {str(rank): said.get(rank, SILENT) for rank in range(self.world_size) if rank != self.rank}
         failure = replace(failure, others=others)
         write_failure(self.run_dir, failure)
         return failure
 
     def _collect(self) -> dict[int, str]:
+        """What other ranks answer in time, as long as the store is there."""
         said: dict[int, str] = {}
         deadline = time.monotonic() + ANSWERS
-        while len(said) < self.world_size - 1 and time.monotonic() < deadline:
-            for rank in range(self.world_size):
-                if rank != self.rank and rank not in said and self.store.check([f"{KEY}/{rank}"]):
-                    said[rank] = self.store.get(f"{KEY}/{rank}").decode()
-            time.sleep(0.05)
+        try:
+            while len(said) < self.world_size - 1 and time.monotonic() < deadline:
+                for rank in range(self.world_size):
+                    if rank != self.rank and rank not in said and self.store.check([f"{KEY}/{rank}"]):
+                        said[rank] = self.store.get(f"{KEY}/{rank}").decode()
+                time.sleep(0.05)
+        except dist.DistError:
+            log.warning("rank 0 is gone, and with it the answers of other ranks")
         return said
