@@ -10,10 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-from piflow_dist.cli import fail
 from piflow_dist.config import Config, ConfigError, load_config, read_config, require, save_config
 from piflow_dist.launch.exits import FAILED, REFUSED
-from piflow_dist.launch.failures import failure_path, read_failure
+from piflow_dist.launch.failure_record import failure_path, read_failure
 from piflow_dist.launch.restarts import decide
 
 
@@ -106,9 +105,11 @@ def main(command: str, *arguments: str) -> int:
     try:
         return tools[command](list(arguments)) or 0
     except ConfigError as error:
-        fail(f"error: {error}", REFUSED)
+        tell(f"error: {error}")
+        return REFUSED
     except CheckpointError as error:
-        fail(f"error: {error}", FAILED)
+        tell(f"error: {error}")
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
 Without it, every rank whose partner died reports a failed collective of its own, some of them only at NCCL's time limit.
 """
 
-import json
 import logging
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from piflow_dist.checkpoint.files import write_atomic
+from piflow_dist.launch.failure_record import SILENT, Failure, failure_path, write_failure
 from piflow_dist.launch.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -21,43 +20,6 @@ ANSWERS = 3.0
 """Seconds in which the other ranks say where they are, and in which a rank that lost another waits for that one's own words."""
 LOST = ("connection closed", "connection reset", "broken pipe", "socket", "nccl", "remote process exited", "timed out")
 """Words in the errors of a collective whose other end is gone."""
-
-
-SILENT = "does not answer"
-
-
-@dataclass(frozen=True)
-class Failure:
-    rank: int
-    step: int
-    """The step (from 1) that was under way; 0 while the run was being built."""
-    phase: str
-    reason: str
-    """In a line or two."""
-    text: str
-    """Traceback, or stacks of all threads, with the reason at the end."""
-    others: dict[str, str] = field(default_factory=dict)
-    """rank -> "step N, phase" of the other ranks; "does not answer" where they did not say."""
-
-    def describe(self) -> str:
-        """For the end of a log: where the others were, the text, and who failed last, as that is read first."""
-        places: dict[str, list[str]] = {}
-        for rank, place in self.others.items():
-            places.setdefault(place, []).append(rank)
-        others = "; ".join(f"rank {', '.join(ranks)}: {place}" for place, ranks in places.items())
-        return f"{self.text.rstrip()}\nRank {self.rank} failed in step {self.step}, {self.phase}." + (
-            f" The others: {others}." if others else ""
-        )
-
-
-def failure_path(run_dir: Path) -> Path:
-    return run_dir / "logs" / "failure.json"
-
-
-def read_failure(run_dir: Path) -> Failure | None:
-    """What the last attempt died of, where one of its ranks could still say it."""
-    path = failure_path(run_dir)
-    return Failure(**json.loads(path.read_text())) if path.exists() else None
 
 
 def is_lost_partner(error: BaseException) -> bool:
@@ -107,23 +69,27 @@ class Failures:
             if self.store.compare_set(KEY, "", str(self.rank)).decode() != str(self.rank):
                 self.answer(failure.step, failure.phase)
                 return None
-            return self.keep(failure, self._collect())
         except dist.DistError:
-            return self.keep(failure)
+            log.warning("rank 0 is gone, and the store of the job with it")
+        return self.keep(failure, self._collect())
 
-    def keep(self, failure: Failure, said: dict[int, str] | None = None) -> Failure:
+    def keep(self, failure: Failure, said: dict[int, str]) -> Failure:
         """Write a failure to the run folder, with what other ranks answered."""
-        others = {str(rank): (said or {}).get(rank, SILENT) for rank in range(self.world_size) if rank != self.rank}
+        others = {str(rank): said.get(rank, SILENT) for rank in range(self.world_size) if rank != self.rank}
         failure = replace(failure, others=others)
-        write_atomic(failure_path(self.run_dir), json.dumps(asdict(failure)))
+        write_failure(self.run_dir, failure)
         return failure
 
     def _collect(self) -> dict[int, str]:
+        """What other ranks answer in time, as long as the store is there."""
         said: dict[int, str] = {}
         deadline = time.monotonic() + ANSWERS
-        while len(said) < self.world_size - 1 and time.monotonic() < deadline:
-            for rank in range(self.world_size):
-                if rank != self.rank and rank not in said and self.store.check([f"{KEY}/{rank}"]):
-                    said[rank] = self.store.get(f"{KEY}/{rank}").decode()
-            time.sleep(0.05)
+        try:
+            while len(said) < self.world_size - 1 and time.monotonic() < deadline:
+                for rank in range(self.world_size):
+                    if rank != self.rank and rank not in said and self.store.check([f"{KEY}/{rank}"]):
+                        said[rank] = self.store.get(f"{KEY}/{rank}").decode()
+                time.sleep(0.05)
+        except dist.DistError:
+            log.warning("rank 0 is gone, and with it the answers of other ranks")
         return said

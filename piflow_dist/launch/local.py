@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from piflow_dist.config import ConfigError, LaunchConfig
-from piflow_dist.launch.failures import failure_path, read_failure
+from piflow_dist.launch.failure_record import failure_path, read_failure
 from piflow_dist.parallel.topology import LAUNCHER_PID
 
 

@@ -18,7 +18,8 @@ from typing import TextIO
 
 from piflow_dist.config import Config, WatchdogConfig
 from piflow_dist.launch.exits import FAILED, HUNG, STOPPED_AT_ONCE
-from piflow_dist.launch.failures import ANSWERS, Failure, Failures, is_lost_partner
+from piflow_dist.launch.failure_record import Failure
+from piflow_dist.launch.failures import ANSWERS, Failures, is_lost_partner
 from piflow_dist.launch.signals import StopRequest
 from piflow_dist.parallel.topology import Topology
 
@@ -145,8 +146,7 @@ class Watchdog:
                 continue
             with self.ending:
                 self.failures.answer(self.step, self.phase)
-                if self.failures.rank == 0:
-                    time.sleep(ANSWERS + 1)  # the store may go with this process
+                self._keep_store()
                 self._end(FAILED, f"Rank {rank} has failed: this one ends too, in step {self.step}, {self.phase}.")
 
     def _hang(self, waited: float, limit: float) -> None:
@@ -177,10 +177,16 @@ class Watchdog:
         thread = threading.Thread(target=lambda: kept.append(self.failures.report(failure)), daemon=True)
         thread.start()
         thread.join(3 * ANSWERS)
-        first = kept[0] if kept else self.failures.keep(failure)
+        first = kept[0] if kept else self.failures.keep(failure, {})
         if first is not None:
             return first.describe(), True
+        self._keep_store()
         return self._in_short("Another rank failed first", text), False
+
+    def _keep_store(self) -> None:
+        """The store may go with rank 0, while another rank still collects its answers there."""
+        if self.failures.rank == 0:
+            time.sleep(ANSWERS + 1)
 
     def _in_short(self, what: str, text: str) -> str:
         """For what is a consequence only: the text goes to this rank's own log."""

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 from piflow_dist.checkpoint.files import write_atomic
@@ -104,6 +103,7 @@ class Tracker:
 
     def _describe_run(self, config: Config, world_size: int) -> None:
         """Settings and surroundings. The first settings stay, as MLflow's parameters cannot change; config.yaml follows."""
+        import torch  # here, as batch scripts read metrics and have no time for it
         from mlflow.entities import Param
 
         known = self.client.get_run(self.run_id).data.params

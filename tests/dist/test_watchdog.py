@@ -15,7 +15,7 @@ from conftest import REPO
 from ranks import free_port
 
 from piflow_dist.launch.exits import FAILED, HUNG, STOPPED_AT_ONCE
-from piflow_dist.launch.failures import read_failure
+from piflow_dist.launch.failure_record import read_failure
 
 PATIENCE = 240.0
 # A training's loop without a model: data, then a collective in which ranks wait for each other.

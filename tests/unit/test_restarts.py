@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from piflow_dist.launch.exits import FAILED, FINISHED, GAVE_UP, HUNG, REFUSED, STOPPED, STOPPED_AT_ONCE
-from piflow_dist.launch.failures import Failure, failure_path
+from piflow_dist.launch.failure_record import Failure, failure_path
 from piflow_dist.launch.restarts import LONGEST_WAIT, WAIT, decide, tries_without_progress
 
 

@@ -1,0 +1,47 @@
+"""What a job died of, as a file of the run folder. Imports no torch: a batch script has seconds to decide what comes next."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from piflow_dist.checkpoint.files import write_atomic
+
+SILENT = "does not answer"
+
+
+@dataclass(frozen=True)
+class Failure:
+    rank: int
+    step: int
+    """The step (from 1) that was under way; 0 while the run was being built."""
+    phase: str
+    reason: str
+    """In a line or two."""
+    text: str
+    """Traceback, or stacks of all threads, with the reason at the end."""
+    others: dict[str, str] = field(default_factory=dict)
+    """rank -> "step N, phase" of the other ranks; "does not answer" where they did not say."""
+
+    def describe(self) -> str:
+        """For the end of a log: where the others were, the text, and who failed last, as that is read first."""
+        places: dict[str, list[str]] = {}
+        for rank, place in self.others.items():
+            places.setdefault(place, []).append(rank)
+        others = "; ".join(f"rank {', '.join(ranks)}: {place}" for place, ranks in places.items())
+        return f"{self.text.rstrip()}\nRank {self.rank} failed in step {self.step}, {self.phase}." + (
+            f" The others: {others}." if others else ""
+        )
+
+
+def failure_path(run_dir: Path) -> Path:
+    return run_dir / "logs" / "failure.json"
+
+
+def write_failure(run_dir: Path, failure: Failure) -> None:
+    write_atomic(failure_path(run_dir), json.dumps(asdict(failure)))
+
+
+def read_failure(run_dir: Path) -> Failure | None:
+    """What the last attempt died of, where one of its ranks could still say it."""
+    path = failure_path(run_dir)
+    return Failure(**json.loads(path.read_text())) if path.exists() else None
