@@ -371,7 +371,7 @@ class ParallelConfig:
 @dataclass(kw_only=True)
 class LaunchConfig:
     processes: int = 1
-    """Processes on this machine: one per GPU, or one per few CPU cores."""
+    """Processes on this machine: one per GPU, or one per few CPU cores. With +cluster= all GPUs of its nodes, whatever is given here."""
     device: str = "auto"
     """auto, cpu or cuda."""
     start: str = "fresh"
@@ -594,6 +594,8 @@ def load_config(overrides: list[str], schema: type = Config, name: str = "train"
 
     Raises ConfigError with a message for people where a key is unknown or a value cannot work.
     """
+    chosen = next((override for override in overrides if override.startswith("cluster=")), None)
+    require(chosen is None, f"{chosen}: runs have no cluster unless one is added. Write +{chosen}.")
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):

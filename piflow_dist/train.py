@@ -24,6 +24,7 @@ from data_pipeline.prompts import load_prompt_encoder
 from data_pipeline.stream import LatentStream
 from piflow_dist.checkpoint.files import CheckpointError, newest_complete
 from piflow_dist.checkpoint.reader import load_checkpoint
+from piflow_dist.checkpoint.runs import none_left
 from piflow_dist.checkpoint.saver import CheckpointSaver
 from piflow_dist.checkpoint.sharded import find_checkpoint
 from piflow_dist.config import Config, config_values, read_config, require
@@ -46,7 +47,8 @@ from piflow_dist.models.pretrained import open_teacher, plan_training
 from piflow_dist.models.qwen_image import build_teacher, plan_model
 from piflow_dist.parallel.topology import Topology, start_process_group
 from piflow_dist.parallel.zero import FrozenModel, StepResult, TiedTeacher, TrainedModel
-from piflow_dist.tracking.tracker import Tracker
+from piflow_dist.tracking.tracker import Tracker, read_run_id
+from piflow_dist.version import code_version
 
 log = logging.getLogger("piflow_dist.train")  # __name__ is "__main__" in a training process
 
@@ -246,11 +248,11 @@ def resume(run: Run) -> None:
     path, problems = find_checkpoint(folder, place)
     for problem in problems:
         log.warning("%s", problem)
+    if path is None and problems:
+        raise CheckpointError(none_left(run.config.run_dir, problems))
     if path is None:
-        if run.config.init_from is not None and run.started_from is None:
-            raise CheckpointError(
-                f"No checkpoint under {folder} can be read, though there was one: init_from was not applied. {' '.join(problems)}"
-            )
+        if place.is_main:
+            log.info("starting at step 0")
         return
     split_dims = {shard.name: shard.split_dim for shard in run.model.shards}
     loaded = load_checkpoint(path, place.dp_rank, place.dp_size, place.tp_rank, place.tp, split_dims)
@@ -285,6 +287,8 @@ def start_save(run: Run) -> dict[str, float]:
         "teacher": run.teacher_fingerprint,
         "base": run.config.distill.teacher if run.config.mode == "tied" else None,
         "started_from": run.started_from,
+        "mlflow_run": read_run_id(Path(run.config.run_dir)),
+        "code": code_version(),
         "torch": torch.__version__,
     }
     return run.saver.start(run.state.step, run.model, run.ema.averages, state)
@@ -320,7 +324,9 @@ def train(run: Run, tracker: Tracker | None) -> bool:
             figures = {}
             if save_is_due or stop or state.step == config.train.steps:
                 figures = start_save(run)
-        run.saver.wait()
+        figures |= run.saver.wait()
+    if tracker is not None:
+        tracker.log_late(state.step, figures)
     return state.step == config.train.steps
 
 

@@ -35,6 +35,7 @@ from piflow_dist.checkpoint.reshard import reshard
 from piflow_dist.cli import parse_options, run_tool
 from piflow_dist.config import ConfigError, require
 from piflow_dist.launch.console import progress_of
+from piflow_dist.launch.lock import only_user
 
 console = Console(soft_wrap=True, highlight=False)
 SHOWN = 20
@@ -83,17 +84,24 @@ def checkpoint(arguments: list[str]) -> None:
         case "reshard":
             world = parse_options(ReshardOptions, options)
             source, run = expect(places, command, "SRC", "RUN")
-            with progress_of("tensors") as progress:
+            with only_user(Path(run) / ".lock", f"run {run}"), progress_of("tensors") as progress:
                 made = reshard(one_checkpoint(source), Path(run), world.dp, world.tp, progress)
             console.print(f"{made}: written for dp={world.dp} tp={world.tp}, and equal to {source}.", markup=False)
         case "rm":
             wanted = parse_options(RemoveOptions, options)
             (source,) = expect(places, command, "RUN|CHECKPOINT")
-            console.print(f"{remove(source, wanted.step, wanted.yes)}: deleted.", markup=False)
+            with only_user(run_of(source) / ".lock", f"run {run_of(source)}"):
+                console.print(f"{remove(source, wanted.step, wanted.yes)}: deleted.", markup=False)
         case _:
             raise ConfigError(
                 f"{command!r} is no command. Choose one of: ls, verify, show, diff, reshard, rm; see --help."
             )
+
+
+def run_of(source: str) -> Path:
+    """The run folder that a run or checkpoint folder belongs to. A training that lives has its lock."""
+    (folder, *_) = (path.parent for path in checkpoint_folders(source))
+    return folder.parent if folder.name == "checkpoints" else folder
 
 
 def split(arguments: list[str]) -> tuple[str, list[str], list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from piflow_dist.cli import run_tool
 from piflow_dist.config import Config, load_config, save_config
 from piflow_dist.help import explain_keys, list_choices
-from piflow_dist.launch.continuation import describe_continuation, set_aside
+from piflow_dist.launch.continuation import describe_continuation, keep_micro_batch, set_aside
 from piflow_dist.launch.local import run_workers
 from piflow_dist.launch.lock import only_user
 from piflow_dist.launch.preflight import check_run
@@ -31,7 +31,7 @@ def launch(arguments: list[str]) -> None:
 
 def launch_here(config: Config) -> None:
     check_run(config)
-    for line in describe_continuation(config):
+    for line in (*keep_micro_batch(config), *describe_continuation(config)):
         print(line)
     if config.launch.dry_run:
         if config.cluster is not None:

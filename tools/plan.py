@@ -26,7 +26,7 @@ def plan(overrides: list[str]) -> None:
     planner = Planner(planned_shape(config, config.plan))
     found = planner.plan(config)
     if config.plan.json:
-        print(json.dumps(as_json(found), indent=1))
+        print(json.dumps(as_json(planner, found), indent=1))
     else:
         print_plan(planner, found, console)
 

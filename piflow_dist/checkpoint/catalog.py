@@ -140,7 +140,7 @@ def point_latest(folder: Path, removed: str) -> None:
     latest = folder / LATEST
     if not latest.exists() or latest.read_text().strip() != removed:
         return
-    newest, _ = newest_complete(folder, contents=False)
+    newest, _ = newest_complete(folder)
     if newest is None:
         latest.unlink()
     else:

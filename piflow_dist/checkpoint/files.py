@@ -37,11 +37,15 @@ def file_digest(path: Path) -> dict[str, Any]:
 def write_atomic(path: Path, text: str) -> None:
     """Write a small text file so that readers see the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -56,7 +60,7 @@ def sync_folder(folder: Path) -> None:
 
 def steps_on_disk(folder: Path) -> list[int]:
     """Steps of all finished checkpoint folders, newest first. Temporary folders do not count."""
-    matches = (re.fullmatch(r"step_(\d{8})", path.name) for path in folder.glob("step_*"))
+    matches = (re.fullmatch(r"step_(\d{8})", path.name) for path in folder.glob("step_*") if path.is_dir())
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 

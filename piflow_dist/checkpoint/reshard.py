@@ -25,6 +25,7 @@ from piflow_dist.checkpoint.files import (
     read_json,
     shard_name,
     step_name,
+    steps_on_disk,
     verify,
     write_atomic,
 )
@@ -54,7 +55,8 @@ def reshard(
         digests = {name: file_digest(folder / name) for name in names}
         write_atomic(folder / MANIFEST, json.dumps({"format": FORMAT, "files": digests}, indent=1))
         check_equal(folder, before, old, new, dp, tp)
-    write_atomic(final.parent / LATEST, final.name + "\n")
+    if saved["step"] == steps_on_disk(final.parent)[0]:
+        write_atomic(final.parent / LATEST, final.name + "\n")
     return final
 
 

@@ -38,6 +38,7 @@ def remove_old(
     newest: the step just saved. Later folders are left alone and do not count, and so are damaged ones (those of which
     a file is missing or cut): neither can push out a good one.
     pause(phase): called when folders have lost their good names but are still there.
+    Raises OSError for what cannot be deleted, after all else was.
     """
     metrics = {}
     for step in steps_on_disk(folder):
@@ -50,8 +51,18 @@ def remove_old(
     doomed = sorted(metrics.keys() - rule.kept(metrics))
     for step in doomed:
         # Renamed first: a kill inside the deletion must not leave a half-empty folder under a good name.
-        os.replace(folder / step_name(step), folder / f".{step_name(step)}.removed")
+        aside = folder / f".{step_name(step)}.removed"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder / step_name(step), aside)
     pause("retention")
+    stuck: OSError | None = None
     for leftover in (*folder.glob(".step_*.removed"), *folder.glob(".step_*.tmp")):
-        shutil.rmtree(leftover)
+        try:
+            shutil.rmtree(leftover)
+        except FileNotFoundError:
+            continue  # somebody else has just removed it
+        except OSError as error:
+            stuck = error
+    if stuck is not None:
+        raise stuck
     return doomed

@@ -47,6 +47,14 @@ def resolve_checkpoint(source: str, option: str) -> Path:
     return checkpoint
 
 
+def none_left(run_dir: str, problems: list[str]) -> str:
+    """Checkpoints of which none can be used must not be passed over as if there were none."""
+    return (
+        f"run_dir={run_dir} has checkpoints, but none that can be continued. {' '.join(problems)} Restore one, or choose another "
+        "run_dir, or set them aside with checkpoint.resume=false."
+    )
+
+
 def read_run_config(checkpoint: Path) -> Config:
     """The configuration of the run that wrote a checkpoint, as saved in it."""
     try:

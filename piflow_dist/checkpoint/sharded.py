@@ -4,6 +4,7 @@ Here is what all ranks do together to write one checkpoint, and to find the one 
 """
 
 import json
+import logging
 import os
 import shutil
 import struct
@@ -39,6 +40,7 @@ from piflow_dist.checkpoint.snapshot import Snapshot
 from piflow_dist.parallel.topology import Topology
 from piflow_dist.parallel.zero import TrainedModel
 
+log = logging.getLogger(__name__)
 MESSAGE_BYTES = 2048
 
 
@@ -121,12 +123,12 @@ def write_checkpoint(
         pause("rename")
         if final.exists():
             # Resumed from an older step because this one was damaged: never delete before the new one is whole.
-            os.replace(final, folder / f".{step_name(step)}.removed")
+            aside = folder / f".{step_name(step)}.removed"
+            shutil.rmtree(aside, ignore_errors=True)  # of a kill at this place
+            os.replace(final, aside)
         os.replace(temporary, final)
         sync_folder(folder)
-        pause("latest")
-        write_atomic(folder / LATEST, final.name + "\n")
-        remove_old(folder, retention, newest=step, pause=pause)
+        tidy(folder, step, retention, pause)
         return ()
 
     try:
@@ -137,6 +139,18 @@ def write_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its bytes are wanted back
         raise
     return Written(final, sum(numbers[0] for numbers in shards), max(numbers[1] for numbers in shards) / 1e9)
+
+
+def tidy(folder: Path, step: int, retention: Retention, pause: Callable[[str], None]) -> None:
+    """What follows a complete checkpoint. It is no reason to stop a training: whatever is in the way stays, and is named."""
+    try:
+        pause("latest")
+        write_atomic(folder / LATEST, step_name(step) + "\n")
+        remove_old(folder, retention, newest=step, pause=pause)
+    except OSError as error:
+        log.warning(
+            "step %d is saved, but %s cannot be tidied: %s. Remove by hand what is in the way.", step, folder, error
+        )
 
 
 def make_empty(folder: Path) -> tuple[int, ...]:

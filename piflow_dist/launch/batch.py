@@ -41,7 +41,7 @@ def check_tasks(config: Config) -> None:
 
 
 def prepare(overrides: list[str]) -> None:
-    from piflow_dist.launch.continuation import describe_continuation, set_aside
+    from piflow_dist.launch.continuation import describe_continuation, keep_micro_batch, set_aside
     from piflow_dist.launch.preflight import check_request
 
     # A job that is requeued runs this again: only its first attempt may set an earlier training aside.
@@ -49,7 +49,7 @@ def prepare(overrides: list[str]) -> None:
     config = load_config([*with_tasks(overrides), *again])
     check_tasks(config)
     check_request(config)
-    for line in describe_continuation(config):
+    for line in (*keep_micro_batch(config), *describe_continuation(config)):
         tell(line)
     if (previous := set_aside(config)) is not None:
         tell(f"checkpoint.resume={config.checkpoint.resume}: what is not continued is kept in {previous}.")

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from piflow_dist.config import Config, require
-from piflow_dist.launch.continuation import describe_continuation, set_aside
+from piflow_dist.launch.continuation import describe_continuation, keep_micro_batch, set_aside
 from piflow_dist.launch.preflight import check_request
 from piflow_dist.launch.site import load_site
 from piflow_dist.launch.slurm import Submitted, batch_script, check_accepted, check_slurm, follow, submit
@@ -24,7 +24,7 @@ def launch_on_cluster(configs: list[Config]) -> None:
         check_slurm()
     for config in configs:
         check_request(config)
-        for line in describe_continuation(config):
+        for line in (*keep_micro_batch(config), *describe_continuation(config)):
             print(line)
         plan(config)
     if first.launch.dry_run:

@@ -16,7 +16,7 @@ from piflow_dist.checkpoint.files import (
     verify,
     write_atomic,
 )
-from piflow_dist.checkpoint.runs import changes_refused, read_run_config, resolve_checkpoint
+from piflow_dist.checkpoint.runs import changes_refused, none_left, read_run_config, resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, changed_keys, require
 from piflow_dist.models.pretrained import open_teacher
 from piflow_dist.tracking.tracker import METRICS, RUN_ID
@@ -84,11 +84,7 @@ def check_unreadable(config: Config) -> None:
     folder = Path(config.run_dir) / "checkpoints"
     if not config.checkpoint.resume or not steps_on_disk(folder):
         return
-    problems = newest_complete(folder, contents=False)[1]
-    raise ConfigError(
-        f"run_dir={config.run_dir} has checkpoints, but none that can be continued. {' '.join(problems)} Restore one, or "
-        "choose another run_dir, or set them aside with checkpoint.resume=false."
-    )
+    raise ConfigError(none_left(config.run_dir, newest_complete(folder, contents=False)[1]))
 
 
 def describe_continuation(config: Config) -> list[str]:
@@ -97,16 +93,43 @@ def describe_continuation(config: Config) -> list[str]:
     if checkpoint is None:
         return [] if config.init_from is None else [f"{config.run_dir} starts from the student in {config.init_from}."]
     verb = "goes back to" if config.checkpoint.goes_back else "goes on from"
-    lines = [f"{config.run_dir} {verb} step {step_of(checkpoint)} of {config.train.steps}."]
+    lines = [
+        f"{config.run_dir} {verb} step {step_of(checkpoint)} of {config.train.steps}, if its files are whole (their hashes are read next)."
+    ]
     if step_of(checkpoint) >= config.train.steps:
         lines = [
-            f"{config.run_dir} is at step {step_of(checkpoint)} already: nothing to do. train.steps=N trains longer."
+            f"{config.run_dir} is at step {step_of(checkpoint)} already: nothing to do if its files are whole. train.steps=N trains longer."
         ]
     if not config.checkpoint.goes_back:
         lines += newest_complete(Path(config.run_dir) / "checkpoints", contents=False)[1]
     changed = changed_keys(read_run_config(checkpoint), config)
     return lines + [
         f"changed since step {step_of(checkpoint)}: {key}: {old} -> {new}" for key, (old, new) in changed.items()
+    ]
+
+
+def keep_micro_batch(config: Config) -> list[str]:
+    """Go on in micro-batches of the size so far where train.micro_batch_size leaves it open; what to say of it.
+
+    Noise is drawn per micro-batch and seeded by its place in the global batch: in pieces of the same size another number of
+    processes trains on the same noise, in others on other noise.
+    """
+    checkpoint = newest_checkpoint(config)
+    if checkpoint is None:
+        return []
+    _, before = read_run_config(checkpoint).train.accumulation(read_json(checkpoint / STATE)["dp_size"])
+    dp_size = config.launch.processes // config.parallel.tp
+    _, now = config.train.accumulation(dp_size)
+    if now == before:
+        return []
+    if config.train.micro_batch_size is None and (config.train.batch_size // dp_size) % before == 0:
+        config.train.micro_batch_size = before
+        return [
+            f"train.micro_batch_size={before}, as before: {config.launch.processes} processes then see the same noise."
+        ]
+    return [
+        f"Micro-batches of {now} images instead of {before}: the noise from here on is other noise, and so are the losses. "
+        f"train.micro_batch_size={before} would keep it, where each process has a multiple of {before} images a step."
     ]
 
 

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from piflow_dist.config import Config, ConfigError, load_config, require, require_positive
+from piflow_dist.config import CheckpointConfig, Config, ConfigError, load_config, require, require_positive
 from piflow_dist.models.lora import base_name
 from piflow_dist.parallel.dryrun import build_models, fake_world
 from piflow_dist.parallel.memory import GIB, Plan, Planner, Shape, data_shape
@@ -55,10 +55,11 @@ def planned_shape(config: Config, options: PlanConfig) -> Shape:
     return data_shape(config, tuple(options.latent) if options.latent else None, options.text_length)
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """Bytes, seconds and operations as plain numbers."""
+def as_json(planner: Planner, plan: Plan) -> dict[str, Any]:
+    """Bytes, seconds and operations as plain numbers; overrides that would fit where it does not."""
     return {
         "fits": plan.fits,
+        "suggestions": [] if plan.fits else [overrides for overrides, _ in planner.suggestions(plan.config)],
         "gpu_bytes": plan.memory,
         "gpu_limit": plan.limit,
         "components": plan.components,
@@ -95,8 +96,8 @@ def print_plan(planner: Planner, plan: Plan, console: Console) -> None:
         highlight=False,
     )
     console.print(
-        f"Disk: {gib(plan.checkpoint)} per checkpoint, {gib(plan.checkpoint * config.checkpoint.keep)} for the "
-        f"checkpoint.keep={config.checkpoint.keep} that are kept.",
+        f"Disk: {gib(plan.checkpoint)} per checkpoint, {gib(plan.checkpoint * checkpoints_on_disk(config.checkpoint, config.train.steps))} for the "
+        f"{checkpoints_on_disk(config.checkpoint, config.train.steps)} that there may be (checkpoint.keep, keep_every, keep_best, and the one being written).",
         highlight=False,
     )
     parts = ", ".join(f"{name} {gib(size)}" for name, size in plan.host.items())
@@ -110,9 +111,11 @@ def print_plan(planner: Planner, plan: Plan, console: Console) -> None:
 
 
 def print_way_out(planner: Planner, plan: Plan, console: Console) -> None:
-    what = "GPU" if plan.memory > plan.limit else "host"
-    needed, limit = (plan.memory, plan.limit) if what == "GPU" else (sum(plan.host.values()), plan.host_limit)
-    console.print(f"Does not fit: {gib(needed)} of {gib(limit)} {what} memory.", highlight=False)
+    limits = {"GPU": (plan.memory, plan.limit), "host": (sum(plan.host.values()), plan.host_limit)}
+    exceeded = [
+        f"{gib(needed)} of {gib(limit)} {what} memory" for what, (needed, limit) in limits.items() if needed > limit
+    ]
+    console.print(f"Does not fit: {' and '.join(exceeded)}.", highlight=False)
     found = planner.suggestions(plan.config)
     if not found:
         console.print("No change of settings alone makes it fit. Use more GPUs, or GPUs with more memory.")
@@ -124,6 +127,11 @@ def print_way_out(planner: Planner, plan: Plan, console: Console) -> None:
             markup=False,
             highlight=False,
         )
+
+
+def checkpoints_on_disk(rules: CheckpointConfig, steps: int) -> int:
+    """At most, while one is being written."""
+    return rules.keep + rules.keep_best + (steps // rules.keep_every if rules.keep_every else 0) + 1
 
 
 def memory_table(plan: Plan, console: Console) -> None:

@@ -72,9 +72,14 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
                 f"lora.targets: {target!r} matches {whole[0]}, which is trained in full or belongs to the teacher. "
                 f"Name layers that begin with {', '.join(model.adaptable)}."
             )
-        for name in layers:
-            if f"{name}.weight" not in model.unread:
-                model.set_submodule(name, LoraLinear(model.get_submodule(name), config))
+        read = [name for name in layers if f"{name}.weight" not in model.unread]
+        if not read:
+            raise ConfigError(
+                f"lora.targets: {target!r} matches {', '.join(layers)} alone, which no output depends on: nothing would learn. "
+                "Name other layers."
+            )
+        for name in read:
+            model.set_submodule(name, LoraLinear(model.get_submodule(name), config))
 
 
 def base_name(name: str) -> str:

@@ -14,6 +14,7 @@ from piflow_dist.models.qwen_image import QwenImage, plan_model, plan_student, p
 from piflow_dist.models.weights import OverlaidWeights, View, WeightSource, check_trained, fill
 
 INDEX, SINGLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
+FLOATS = ("BF16", "F16", "F32", "F64")
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 
@@ -28,11 +29,18 @@ class DiffusersWeights:
             else:
                 files = [SINGLE]
             opened = [safe_open(folder / name, framework="pt") for name in files]
-        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{folder} cannot be read as a transformer in diffusers' layout: {error}") from error
+        require(bool(files), f"{folder / INDEX} lists no files.")
         self.files = [folder / name for name in files]
         self.metadata: dict[str, str] = opened[0].metadata() or {}
         self.views = {our_name(key): file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118 (no dict)
+        for name, view in self.views.items():
+            require(
+                view.get_dtype() in FLOATS,
+                f"{folder}: {name} is stored as {view.get_dtype()}, which is no weight or a quantised one. Give weights in "
+                f"{', '.join(FLOATS)}.",
+            )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(view.get_shape()) for name, view in self.views.items()}
@@ -59,6 +67,10 @@ def our_name(name: str) -> str:
     return f"head.{name}" if name.startswith("proj_out") else name
 
 
+SHAPE_KEYS = (
+    *("patch_size", "in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim"),
+    *("joint_attention_dim", "axes_dims_rope"),
+)
 UNSUPPORTED = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
@@ -69,6 +81,7 @@ def read_diffusers_config(folder: Path) -> ModelConfig:
         found = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+    require(isinstance(found, dict), f"{path} is not a JSON object.")
     kind = found.get("_class_name")
     if kind != "QwenImageTransformer2DModel":
         raise ConfigError(f"{path} describes a {kind}; only a QwenImageTransformer2DModel can be a teacher here.")
@@ -78,6 +91,8 @@ def read_diffusers_config(folder: Path) -> ModelConfig:
                 f"{path} has {option}=true (an editing or layered variant of Qwen-Image), which this model does not have. "
                 "Use a text-to-image checkpoint."
             )
+    missing = [key for key in SHAPE_KEYS if key not in found]
+    require(not missing, f"{path} does not say {', '.join(missing)}. Give a config.json as diffusers writes it.")
     if found["patch_size"] != 2 or found["in_channels"] != 4 * found["out_channels"]:
         raise ConfigError(
             f"{path}: only 2 x 2 patches of the latent are supported (patch_size=2, in_channels=4 out_channels)."

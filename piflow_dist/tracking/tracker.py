@@ -39,6 +39,12 @@ def ui_command(uri: str) -> str:
     )
 
 
+def read_run_id(run_dir: Path) -> str | None:
+    """The MLflow run of a run folder; None where there is none."""
+    path = run_dir / RUN_ID
+    return path.read_text().strip() if path.exists() else None
+
+
 class MetricsFile:
     """One JSON object per step. A resumed run drops the rows that it is about to write again."""
 
@@ -121,10 +127,9 @@ class Tracker:
         from mlflow.exceptions import MlflowException
         from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
-        saved = self.run_dir / RUN_ID
-        if not saved.exists():
+        run_id = read_run_id(self.run_dir)
+        if run_id is None:
             return None
-        run_id = saved.read_text().strip()
         try:
             if self.client.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE:
                 return run_id
@@ -141,6 +146,12 @@ class Tracker:
         self.rows.append(row)
         if len(self.rows) >= self.every:
             self.flush()
+
+    def log_late(self, step: int, values: dict[str, float]) -> None:
+        """More of a step that has its row already: what is known when its checkpoint is complete goes to MLflow alone."""
+        self.flush()
+        if values and self.client is not None:
+            self._send([{"step": step, **values}])
 
     def flush(self) -> None:
         """Send what is waiting. Steps that a killed run had already sent are not sent twice."""

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STUDENT, STUDENT_STEPS, read_weights, rewrite_state, run_tool
+from conftest import STUDENT, STUDENT_STEPS, TEACHER, TEACHER_STEPS, read_weights, rewrite_state, run_tool
 
-from piflow_dist.checkpoint.files import newest_complete, steps_on_disk, verify
+from piflow_dist.checkpoint.files import STATE, newest_complete, read_json, steps_on_disk, verify
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
 from piflow_dist.config import load_config
-from piflow_dist.launch.continuation import check_continuation, describe_continuation, set_aside
-from piflow_dist.tracking.tracker import read_metrics
+from piflow_dist.launch.continuation import check_continuation, describe_continuation, keep_micro_batch, set_aside
+from piflow_dist.tracking.tracker import read_metrics, read_run_id
+from piflow_dist.version import code_version
 
 
 @pytest.fixture
@@ -229,3 +230,59 @@ def test_a_damaged_newest_checkpoint_is_named_where_an_older_one_is_taken(
     older = resolve_checkpoint(str(run_dir), "distill.teacher")
     assert older.name < newest.name
     assert newest.name in caplog.text and "has 3 bytes" in caplog.text and f"Using {older.name}" in caplog.text
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    shard = checkpoint / "rank_00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_inside_does_not_start_afresh(options: list[str], run_dir: Path) -> None:
+    """Sizes fit, so only the processes, which read the hashes, can see it."""
+    for step in steps_on_disk(run_dir / "checkpoints"):
+        flip_a_bit(run_dir / "checkpoints" / f"step_{step:08d}")
+    before = contents(run_dir / "checkpoints") | {"metrics": (run_dir / "metrics.jsonl").read_bytes()}
+    done = run_tool("launch", *options, f"train.steps={STUDENT_STEPS + 1}")
+    assert done.returncode == 1 and "none that can be continued" in done.stdout
+    assert done.stdout.count("SHA-256 differs") >= 2 and "checkpoint.resume=false" in done.stdout
+    assert contents(run_dir / "checkpoints") | {"metrics": (run_dir / "metrics.jsonl").read_bytes()} == before
+
+
+def test_another_number_of_processes_has_the_same_losses_with_no_option_given(
+    teacher_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Two processes trained in micro-batches of 4 images: one goes on in such pieces, not in one of 8."""
+    run_dir = Path(shutil.copytree(teacher_run, tmp_path / "runs" / "teacher"))
+    shutil.rmtree(run_dir / "checkpoints" / f"step_{TEACHER_STEPS:08d}")
+    done = run_tool("launch", *TEACHER, f"data.root={tiny_data}", f"run_dir={run_dir}", "launch.processes=1")
+    assert done.returncode == 0, done.stdout
+    assert "train.micro_batch_size=4, as before" in done.stdout
+    found, want = (read_metrics(folder / "metrics.jsonl") for folder in (run_dir, teacher_run))
+    assert len(found) == TEACHER_STEPS
+    for key in ("loss", "grad_norm"):
+        for row, wanted in zip(found, want, strict=True):
+            assert row[key] == pytest.approx(wanted[key], rel=1e-5), (key, row["step"])
+
+
+def test_pieces_that_cannot_be_kept_are_told(options: list[str], run_dir: Path) -> None:
+    config = load_config([*options, "launch.processes=2"])  # the student's 4 images were one piece
+    (said,) = keep_micro_batch(config)
+    assert "Micro-batches of 2 images instead of 4" in said and config.train.micro_batch_size is None
+    config = load_config([*options, "train.micro_batch_size=4"])
+    assert keep_micro_batch(config) == []
+
+
+def test_a_checkpoint_says_which_code_and_which_mlflow_run_it_is_of(run_dir: Path) -> None:
+    state = read_json(resolve_checkpoint(str(run_dir), "x") / STATE)
+    assert state["code"] == code_version()
+    assert state["mlflow_run"] == (run_dir / "mlflow_run_id").read_text().strip()
+
+
+def test_the_last_saves_figures_are_in_mlflow(run_dir: Path, student_run: Path) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{student_run.parent / 'mlflow.db'}")
+    history = client.get_metric_history(read_run_id(student_run), "checkpoint_stall")
+    assert [metric.step for metric in history][-1] == STUDENT_STEPS

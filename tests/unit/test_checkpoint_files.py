@@ -1,9 +1,11 @@
 """Checkpoints on disk: whole or not at all, damage named, old ones removed, slices for another number of ranks."""
 
+import errno
 import json
 import math
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from piflow_dist.checkpoint.files import (
 from piflow_dist.checkpoint.reader import load_checkpoint
 from piflow_dist.checkpoint.retention import Retention, remove_old
 from piflow_dist.checkpoint.runs import resolve_checkpoint
+from piflow_dist.checkpoint.sharded import tidy
 from piflow_dist.checkpoint.snapshot import Snapshot
 
 SHAPES = {"head.weight": (3, 5), "norm.bias": (7,), "scalar": (1,), "even": (4, 2), "column": (8, 3), "row": (3, 8)}
@@ -228,6 +231,41 @@ def test_a_kill_between_the_two_renames_of_a_step_that_is_written_again(tmp_path
     os.rename(write_checkpoint(tmp_path, 20), tmp_path / f".{step_name(20)}.tmp")
     (tmp_path / LATEST).write_text(step_name(20))
     assert newest_complete(tmp_path) == (older, [])
+
+
+def test_what_is_in_the_way_of_tidying_does_not_make_a_save_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (10, 20):
+        write_checkpoint(tmp_path, step)
+    rmtree, stuck = shutil.rmtree, tmp_path / ".step_00000005.removed"
+    stuck.mkdir()
+
+    def busy(path: Path, *args: object, **options: object) -> None:
+        if Path(path) == stuck:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rmtree(path, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    tidy(tmp_path, 20, Retention(keep=1), lambda phase: None)
+    assert steps_on_disk(tmp_path) == [20] and (tmp_path / LATEST).read_text() == "step_00000020\n"
+    assert not (tmp_path / ".step_00000010.removed").exists()  # the others are deleted all the same
+    assert "step 20 is saved, but" in caplog.text and "Device or resource busy" in caplog.text
+
+
+def test_a_file_with_the_name_of_a_checkpoint_is_none(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 10)
+    (tmp_path / "step_00000077").touch()
+    assert steps_on_disk(tmp_path) == [10]
+
+
+def test_a_leftover_of_a_kill_does_not_stop_the_next_one(tmp_path: Path) -> None:
+    for step in (10, 20):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / ".step_00000010.removed").mkdir()
+    (tmp_path / ".step_00000010.removed" / "rank_00000.safetensors").touch()
+    assert remove_old(tmp_path, Retention(keep=1)) == [10]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, "step_00000020"]
 
 
 def test_processes_that_verify_together_find_what_one_finds(tmp_path: Path) -> None:

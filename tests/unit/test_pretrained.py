@@ -100,3 +100,28 @@ def test_the_fingerprint_sees_other_weights(teacher: Path) -> None:
     tensors = load_file(path)
     save_file({name: value + 1e-3 for name, value in tensors.items()}, path)
     assert DiffusersWeights(folder).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("config.json", "[]", "is not a JSON object"),
+        ("config.json", '{"_class_name": "QwenImageTransformer2DModel", "in_channels": 64}', "does not say patch_size, out_channels"),
+        (INDEX, "[]", "cannot be read as a transformer in diffusers' layout"),
+        (INDEX, '{"weight_map": {}}', "lists no files"),
+    ],
+)
+def test_files_that_are_something_else(teacher: Path, file: str, text: str, words: str) -> None:
+    (teacher / "transformer" / file).write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        DiffusersWeights(teacher / "transformer")
+        read_diffusers_config(teacher / "transformer")
+
+
+def test_quantised_weights_are_refused(teacher: Path) -> None:
+    folder = teacher / "transformer"
+    name = json.loads((folder / INDEX).read_text())["weight_map"]["img_in.weight"]
+    tensors = load_file(folder / name)
+    save_file(tensors | {"img_in.weight": tensors["img_in.weight"].to(torch.int64)}, folder / name)
+    with pytest.raises(ConfigError, match="img_in.weight is stored as I64"):
+        DiffusersWeights(folder)
