@@ -94,13 +94,21 @@ train() {
     after_training "$run_dir" $?
 }
 
+# Whether the job is running, and this script is its present attempt. It is not after scancel, nor where SLURM itself has put the
+# job back (a lost node, scontrol requeue): the next attempt may have begun while this one is still being ended.
+is_current() {
+    local job
+    job=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return 1
+    [[ $job == *" JobState=RUNNING "* && $job == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
+}
+
 # after_training RUN_DIR CODE: requeue the job where that can help, and end.
 after_training() {
     local delay decision
+    is_current || exit "$2"
     delay=$(alone -m piflow_dist.launch.batch after "$1" "$2")
     decision=$?
-    # exits.STOPPED. A job that is cancelled, or that SLURM itself requeues, is not running any more.
-    if [ $decision = 75 ] && scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then
+    if [ $decision = 75 ] && is_current; then  # exits.STOPPED
         echo "Job $SLURM_JOB_ID goes back to the queue." >&2
         scontrol requeue "$SLURM_JOB_ID" || echo "This job cannot be requeued: submit it again, it goes on from its checkpoint." >&2
         if [ "$delay" -gt 0 ]; then scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$delay"; fi

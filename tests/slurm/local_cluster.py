@@ -66,6 +66,14 @@ def processes_of(folder: Path) -> Iterator[int]:
             continue
 
 
+def is_daemon(pid: int) -> bool:
+    """Also of the helpers that daemons start."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip() in ("munged", "slurmctld", "slurmd", "slurmscriptd")
+    except OSError:
+        return True
+
+
 def end_processes(folder: Path) -> None:
     """Kill what is left of a cluster, daemons first, since they would start more."""
     deadline = time.monotonic() + PATIENCE
@@ -257,4 +265,10 @@ PartitionName=test Nodes={names} Default=YES MaxTime=INFINITE State=UP OverSubsc
     def start_now(self, job: str) -> None:
         """A requeued job waits for two minutes by itself. In the second of its requeue it cannot start: "credential revoked"."""
         self.wait_for_state(job, "PENDING")
+        self.wait_until(lambda: not self.job_processes(), f"end of the last attempt of job {job}")
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
+
+    def job_processes(self) -> list[int]:
+        """What runs here beside the daemons: steps, scripts and tasks."""
+        daemons = {daemon.pid for daemon in self.daemons.values()}
+        return [pid for pid in processes_of(self.folder) if pid not in daemons and not is_daemon(pid)]

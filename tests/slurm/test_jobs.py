@@ -269,6 +269,28 @@ def test_all_attempts_are_one_mlflow_run(disturbed: Disturbed) -> None:
     assert sorted(metric.step for metric in history) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.parametrize("attempt, restarts", [("0", "1"), ("3", "0")])
+def test_only_the_present_attempt_puts_a_job_back(
+    slurm: LocalCluster, tmp_path: Path, attempt: str, restarts: str
+) -> None:
+    """A script that is still being ended when the next attempt has begun must leave that one alone."""
+    script = tmp_path / "job.sh"
+    script.write_text(
+        f"#!/bin/bash\nexport SLURM_RESTART_COUNT={attempt} PIFLOW_ROOT={REPO}\n"
+        f'source "$PIFLOW_ROOT/slurm/common.sh"\nafter_training {tmp_path} 75\n'
+    )
+    words = ("sbatch", "--parsable", f"--output={tmp_path}/log", "--ntasks-per-node=1", str(script))
+    job = slurm.run(*words, PIFLOW_PYTHON=sys.executable).stdout.strip()
+    slurm.wait_until(lambda: ended_or_requeued(slurm.job(job)), f"the end of job {job}")
+    assert slurm.job(job)["Restarts"] == restarts
+    assert ("goes back to the queue" in (tmp_path / "log").read_text()) == (restarts == "1")
+    slurm.run("scancel", job, check=False)
+
+
+def ended_or_requeued(job: dict[str, str]) -> bool:
+    return job["JobState"] == "FAILED" or (job["JobState"], job["Restarts"]) == ("PENDING", "1")
+
+
 # What else the launcher does with a real SLURM
 
 
