@@ -106,7 +106,10 @@ def test_adapters_are_the_published_formula() -> None:
         (r"transformer_blocks\.\d+\.img_mlp", "It matches transformer_blocks.0.img_mlp, which is no linear layer"),
         (r"transformer_blocks\.\d+\.attn\.to_q", "or has an adapter"),
         (r"norm_out\.linear", "matches norm_out.linear, which is trained in full"),
-        (r"transformer_blocks\.1\.txt_mlp\.net\.2", "transformer_blocks.1.txt_mlp.net.2 alone, which no output depends on"),
+        (
+            r"transformer_blocks\.1\.txt_mlp\.net\.2",
+            "transformer_blocks.1.txt_mlp.net.2 alone, which no output depends on",
+        ),
     ],
 )
 def test_targets_that_cannot_be_adapted(target: str, said: str, teacher: Path) -> None:

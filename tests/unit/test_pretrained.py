@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from piflow_dist.config import ConfigError, load_config
 from piflow_dist.launch.preflight import check_teacher
-from piflow_dist.models.pretrained import DiffusersWeights, diffusers_folder, read_diffusers_config
+from piflow_dist.models.pretrained import INDEX, DiffusersWeights, diffusers_folder, read_diffusers_config
 from piflow_dist.models.qwen_image import plan_model
 from piflow_dist.models.weights import fill
 
@@ -106,7 +106,11 @@ def test_the_fingerprint_sees_other_weights(teacher: Path) -> None:
     ("file", "text", "words"),
     [
         ("config.json", "[]", "is not a JSON object"),
-        ("config.json", '{"_class_name": "QwenImageTransformer2DModel", "in_channels": 64}', "does not say patch_size, out_channels"),
+        (
+            "config.json",
+            '{"_class_name": "QwenImageTransformer2DModel", "in_channels": 64}',
+            "does not say patch_size, out_channels",
+        ),
         (INDEX, "[]", "cannot be read as a transformer in diffusers' layout"),
         (INDEX, '{"weight_map": {}}', "lists no files"),
     ],
