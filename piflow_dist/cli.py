@@ -21,6 +21,7 @@ def run_tool(tool: Callable[[list[str]], None], arguments: list[str], usage: str
         return
     if LAUNCHER_PID in os.environ:
         die_with_parent()  # started by another tool
+        del os.environ[LAUNCHER_PID]  # what this one starts has another launcher
     try:
         tool(arguments)
     except ConfigError as error:

@@ -95,6 +95,8 @@ def run_workers(module: str, arguments: list[str], launch: LaunchConfig, log_dir
         raise WorkerFailed(describe(failure, log_dir)) from failure
     except SignalException as stop:
         raise KeyboardInterrupt(signal.Signals(stop.sigval).name) from stop
+    finally:
+        os.environ.pop(LAUNCHER_PID, None)
 
 
 def run_forked(module: str, arguments: list[str]) -> None:
