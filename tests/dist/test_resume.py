@@ -227,7 +227,7 @@ def test_nothing_is_left_running(interrupted: dict[str, Interruption], how: str)
 def test_ctrl_c_has_its_exit_code_and_says_how_to_go_on(interrupted: dict[str, Interruption]) -> None:
     end = interrupted["interrupted"]
     assert end.exit_code == 130
-    assert "The same command continues from the newest checkpoint" in end.output
+    assert "The same command goes on from what is finished" in end.output
     assert f"stopped by SIGTERM after step {end.steps_done}, with a checkpoint" in end.output
     assert 19 <= end.steps_done < TEACHER_STEPS
 
@@ -310,7 +310,7 @@ def test_a_folder_that_refuses_files(
     def read_only(path: Path, *arguments: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr(Path, "touch", read_only)
+    monkeypatch.setattr(Path, "mkdir", read_only)
     message = refuse(*arguments, f"run_dir={tmp_path / 'run'}")
     assert "Read-only file system" in message and "Choose another run_dir" in message
 
