@@ -83,6 +83,12 @@ def write_diffusers_teacher(pipeline: Path, **changes: object) -> Path:
     return pipeline
 
 
+def pytest_configure() -> None:
+    """Ctrl-C is tested: a shell that runs this in the background has it ignored, and processes started from here would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_tool(name: str, *arguments: str, time_limit: float = 300.0) -> subprocess.CompletedProcess:
     """Run tools/NAME.py to its end, as a user does; stdout holds stderr too."""
     return subprocess.run(
