@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ def write_diffusers_teacher(pipeline: Path, **changes: object) -> Path:
 
 
 def pytest_configure() -> None:
-    """Ctrl-C is tested: a shell that runs this in the background has it ignored, and processes started from here would inherit that."""
+    """Ctrl-C is tested. A shell that runs this in the background has it ignored, and all that is started here would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
