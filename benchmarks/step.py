@@ -32,6 +32,8 @@ from piflow_dist.config import Config, load_config, read_config, require, requir
 from piflow_dist.distill.ema import Ema
 from piflow_dist.distill.objectives import build_schedule
 from piflow_dist.launch.local import run_workers
+from piflow_dist.launch.straggler import StragglerProbe
+from piflow_dist.launch.watchdog import UNWATCHED
 from piflow_dist.models.heads import PATCH
 from piflow_dist.models.qwen_image import plan_model, plan_student, plan_tied
 from piflow_dist.parallel.topology import Topology, start_process_group
@@ -190,6 +192,8 @@ class OurStep:
             stream=stream,
             empty_LD=empty_LD.to(topology.device),
             state=train.TrainState(),
+            watchdog=UNWATCHED,
+            straggler=StragglerProbe(topology.device, config.tracking.log_every),
         )
 
     def step(self) -> float:
