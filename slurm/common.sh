@@ -59,6 +59,9 @@ prepare_job() {
     CONTAINER=()
     if [ -n "${PIFLOW_CONTAINER:-}" ]; then
         local mounts="$PIFLOW_ROOT:$PIFLOW_ROOT${PIFLOW_MOUNTS:+,$PIFLOW_MOUNTS}"
+        # A container has no squeue to ask whether an earlier job of a run folder is over.
+        export PIFLOW_LIVE_JOBS
+        PIFLOW_LIVE_JOBS=$(squeue --noheader --array --user="$(id -un)" --format='%i %T') || unset PIFLOW_LIVE_JOBS
         CONTAINER=(--container-image="$PIFLOW_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD")
     fi
     # Bash waits for srun, which passes signals on, before it answers them itself.
@@ -84,6 +87,11 @@ resumable() {
     trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
     "$@" &
     wait $!
+}
+
+# claim RUN_DIR: end here where a local run or another job trains in this folder.
+claim() {
+    alone -m piflow_dist.launch.batch claim "$1" || exit
 }
 
 # train key=value ...: check, train, and continue or end. The job's exit code is that of the training (docs/cluster.md).

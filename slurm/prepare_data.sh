@@ -12,4 +12,4 @@
 export PIFLOW_ROOT=${PIFLOW_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
 source "$PIFLOW_ROOT/slurm/common.sh" || exit 2
 [ -n "${SLURM_JOB_ID:-}" ] || submit "$0" "$@"
-resumable everywhere tools/prepare_data.py "$@"
+resumable everywhere "$PIFLOW_ROOT/tools/prepare_data.py" "$@"

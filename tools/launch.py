@@ -12,7 +12,7 @@ from piflow_dist.config import Config, load_config, save_config
 from piflow_dist.help import explain_keys, list_choices
 from piflow_dist.launch.continuation import describe_continuation, keep_micro_batch, set_aside
 from piflow_dist.launch.local import run_workers
-from piflow_dist.launch.lock import only_user
+from piflow_dist.launch.lock import LOCK, only_user
 from piflow_dist.launch.preflight import check_run
 from piflow_dist.launch.sweep import expand
 from piflow_dist.tracking.tracker import tracking_uri, ui_command
@@ -40,7 +40,7 @@ def launch_here(config: Config) -> None:
             plan(config)
         print(f"Everything checked; {config.launch.processes} processes would train in {config.run_dir}.")
         return
-    with only_user(Path(config.run_dir) / ".lock", f"run_dir={config.run_dir}"):
+    with only_user(Path(config.run_dir) / LOCK, f"run_dir={config.run_dir}"):
         train_here(config)
     print(f"Finished: {config.run_dir}. Runs: {ui_command(tracking_uri(config))}")
 

@@ -1,6 +1,7 @@
 """What batch scripts (slurm/common.sh) ask on a job's first node: `python -m piflow_dist.launch.batch COMMAND ...`.
 
 prepare key=value ...   check a training and write its configuration; prints the run folder
+claim RUN_DIR           make this job the one that trains there, where nobody else does
 after RUN_DIR CODE      what comes after the processes ended with CODE: exit code, and on stdout the seconds to wait before a retry
 sample key=value ...    check a request for images and write its settings; prints the folder, or nothing where all is there
 gather DIR              join the images that the tasks made
@@ -11,8 +12,9 @@ import sys
 from pathlib import Path
 
 from piflow_dist.config import Config, ConfigError, load_config, read_config, require, save_config
-from piflow_dist.launch.exits import FAILED, REFUSED
+from piflow_dist.launch.exits import FAILED, REFUSED, STOPPED
 from piflow_dist.launch.failure_record import failure_path, read_failure
+from piflow_dist.launch.lock import LOCK, claim, release
 from piflow_dist.launch.restarts import decide
 
 
@@ -49,6 +51,7 @@ def prepare(overrides: list[str]) -> None:
     config = load_config([*with_tasks(overrides), *again])
     check_tasks(config)
     check_request(config)
+    claim_run([config.run_dir])
     for line in (*keep_micro_batch(config), *describe_continuation(config)):
         tell(line)
     if (previous := set_aside(config)) is not None:
@@ -64,9 +67,17 @@ def prepare_run_dir(config: Config) -> None:
     save_config(config, run_dir / "config.yaml")
 
 
+def claim_run(arguments: list[str]) -> None:
+    run_dir = Path(arguments[0])
+    claim(run_dir / LOCK, f"run_dir={run_dir}")
+    failure_path(run_dir).unlink(missing_ok=True)  # of an earlier attempt
+
+
 def after(arguments: list[str]) -> int:
     run_dir, code = Path(arguments[0]), int(arguments[1])
     decision = decide(run_dir, os.environ.get("SLURM_JOB_ID", "none"), code)
+    if decision.code != STOPPED:
+        release(run_dir / LOCK)
     tell(decision.message)
     failure = read_failure(run_dir)
     if code and failure is not None:
@@ -101,7 +112,7 @@ def gather_images(arguments: list[str]) -> None:
 def main(command: str, *arguments: str) -> int:
     from piflow_dist.checkpoint.files import CheckpointError
 
-    tools = {"prepare": prepare, "after": after, "sample": sample, "gather": gather_images}
+    tools = {"prepare": prepare, "claim": claim_run, "after": after, "sample": sample, "gather": gather_images}
     try:
         return tools[command](list(arguments)) or 0
     except ConfigError as error:

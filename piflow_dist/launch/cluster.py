@@ -6,6 +6,7 @@ from rich.console import Console
 
 from piflow_dist.config import Config, require
 from piflow_dist.launch.continuation import describe_continuation, keep_micro_batch, set_aside
+from piflow_dist.launch.lock import LOCK, check_free, note_submitted
 from piflow_dist.launch.preflight import check_request
 from piflow_dist.launch.site import load_site
 from piflow_dist.launch.slurm import Submitted, batch_script, check_accepted, check_slurm, follow, submit
@@ -31,6 +32,8 @@ def launch_on_cluster(configs: list[Config]) -> None:
         print(f"\nThe batch script:\n\n{batch_script(configs)}")
         print(f"Everything checked; {describe(configs)} would be submitted.")
         return
+    for config in configs:
+        check_free(Path(config.run_dir) / LOCK, f"run_dir={config.run_dir}")
     check_accepted(configs)
     for config in configs:
         if (previous := set_aside(config)) is not None:
@@ -38,6 +41,8 @@ def launch_on_cluster(configs: list[Config]) -> None:
         # The job is started again by SLURM, and must not go back, or start afresh, once more.
         config.checkpoint.resume = True
     jobs = submit(configs)
+    for job in jobs:
+        note_submitted(Path(job.config.run_dir) / LOCK, job.job)
     tell(jobs)
     if first.launch.follow:
         state = follow(jobs[0])

@@ -20,10 +20,13 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from piflow_dist.config import CONFIG_DIR, Config, ConfigError, require
 from piflow_dist.launch.batch import prepare_run_dir
+from piflow_dist.launch.job_state import ENDED, Unknown, job_state
 from piflow_dist.launch.task import train
 
 ROOT = CONFIG_DIR.parent
 POLL = 1.0
+RUN_DIR = '"${run_dirs[${SLURM_ARRAY_TASK_ID:-0}]}"'
+"""This job's, in its script."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,9 @@ def parameters(configs: list[Config]) -> dict[str, Any]:
         "stderr_to_stdout": True,
         "wckey": None,  # submitit's own would be refused where these keys are checked
         "setup": [f"export PIFLOW_ROOT={shlex.quote(str(ROOT))}", 'source "$PIFLOW_ROOT/slurm/common.sh" || exit 2']
-        + [f"run_dirs=({run_dirs})"],
+        + [f"run_dirs=({run_dirs})", f"claim {RUN_DIR}"],
         "srun_args": ["--kill-on-bad-exit=1", *container_arguments()],
-        "teardown": ['after_training "${run_dirs[${SLURM_ARRAY_TASK_ID:-0}]}" $?'],
+        "teardown": [f"after_training {RUN_DIR} $?"],
         "additional_parameters": {"requeue": True},
     }
     if cluster.device == "cuda":
@@ -156,26 +159,20 @@ def submit(configs: list[Config]) -> list[Submitted]:
     return [Submitted(job.job_id, config, jobs_folder(configs)) for job, config in zip(jobs, configs, strict=True)]
 
 
-def job_state(job: str) -> str | None:
-    """RUNNING, PENDING, ...; None where SLURM does not know the job any more."""
-    done = subprocess.run(
-        ["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T"], capture_output=True, text=True
-    )
-    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.split() else None
-
-
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL", "GONE")
-
-
 def follow(job: Submitted) -> str:
     """Copy the job's log to this terminal until it ends, across requeues. Returns its last state."""
     position, state = 0, "PENDING"
     print(f"Following {job.log}; Ctrl-C leaves the job alone.", flush=True)
     while True:
-        found = job_state(job.job)
+        try:
+            found = job_state(job.job)
+        except Unknown as error:  # a controller that is being restarted
+            found = "UNKNOWN"
+            if found != state:
+                print(f"[{error}]", flush=True)
         if found != state and found in ("PENDING", "RUNNING"):
             print(f"[job {job.job} is {found.lower()}]", flush=True)
-        state = found or "GONE"  # ended longer ago than SLURM remembers
+        state = found
         if job.log.exists():
             with open(job.log, errors="replace") as log:
                 log.seek(position)

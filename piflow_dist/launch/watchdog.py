@@ -1,4 +1,5 @@
-"""A rank's watchdog: ends a process that makes no progress, that was told twice to stop, or whose job has failed elsewhere.
+"""A rank's watchdog: ends a process that makes no progress, that was told twice to stop, whose job has failed elsewhere, or
+whose run folder is another's now.
 
 Two threads, since the main one may wait in a collective for ever: one for the clock and for signals, one that asks the
 store of the job for failures of other ranks.
@@ -20,6 +21,7 @@ from piflow_dist.config import Config, WatchdogConfig
 from piflow_dist.launch.exits import FAILED, HUNG, STOPPED_AT_ONCE
 from piflow_dist.launch.failure_record import Failure
 from piflow_dist.launch.failures import ANSWERS, Failures, is_lost_partner
+from piflow_dist.launch.lock import LOCK, taken_over
 from piflow_dist.launch.signals import StopRequest
 from piflow_dist.parallel.topology import Topology
 
@@ -140,7 +142,13 @@ class Watchdog:
                     self._hang(waited, limit)
 
     def _watch_others(self) -> None:
+        lock = self.failures.run_dir / LOCK
         while not self.closing.wait(2 * TICK):
+            # Rank 0 writes checkpoints' names and metrics. A lost node may go on with an attempt that has been put back.
+            other = taken_over(lock) if self.failures.rank == 0 else None
+            if other is not None and not self.closing.is_set():
+                with self.ending:
+                    self._end(FAILED, f"{lock.parent} is in use by {other} now: this process ends, in step {self.step}, {self.phase}.")
             rank = self.failures.elsewhere()
             if rank is None or self.closing.is_set():
                 continue

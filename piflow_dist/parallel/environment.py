@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import psutil
 
+LAUNCHER_PID = "PIFLOW_LAUNCHER_PID"
+"""Variable: the process that started this one, on the same machine."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from piflow_dist.parallel.environment import default_threads, find_place, set_environment
+from piflow_dist.parallel.environment import LAUNCHER_PID, default_threads, find_place, set_environment
 
 if TYPE_CHECKING:
     from piflow_dist.parallel.groups import ParallelUnit
-
-LAUNCHER_PID = "PIFLOW_LAUNCHER_PID"
 
 
 @dataclass(frozen=True)

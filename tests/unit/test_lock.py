@@ -20,7 +20,7 @@ def test_a_second_user_is_told_of_the_first_and_a_killed_one_holds_nothing(tmp_p
     command = [sys.executable, "-c", HOLD, str(lock)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "held\n"
-        message = rf"run_dir=run is in use by process {first.pid}\. Wait for it, or choose another folder\."
+        message = rf"run_dir=run is in use by process {first.pid} on \S+\. Wait for it, or choose another folder\."
         with pytest.raises(ConfigError, match=message), only_user(lock, "run_dir=run"):
             pytest.fail("both had it")
         first.kill()
