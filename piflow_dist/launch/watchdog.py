@@ -148,7 +148,10 @@ class Watchdog:
             other = taken_over(lock) if self.failures.rank == 0 else None
             if other is not None and not self.closing.is_set():
                 with self.ending:
-                    self._end(FAILED, f"{lock.parent} is in use by {other} now: this process ends, in step {self.step}, {self.phase}.")
+                    self._end(
+                        FAILED,
+                        f"{lock.parent} is in use by {other} now: this process ends, in step {self.step}, {self.phase}.",
+                    )
             rank = self.failures.elsewhere()
             if rank is None or self.closing.is_set():
                 continue

@@ -16,6 +16,7 @@ from ranks import free_port
 
 from piflow_dist.launch.exits import FAILED, HUNG, STOPPED_AT_ONCE
 from piflow_dist.launch.failure_record import read_failure
+from piflow_dist.launch.watchdog import END_TIME
 
 PATIENCE = 240.0
 # A training's loop without a model: data, then a collective in which ranks wait for each other.
@@ -81,7 +82,7 @@ class Job:
 def start(tmp_path: Path):
     jobs: list[Job] = []
 
-    def start(what: str, minimum_seconds: float = 200.0) -> Job:
+    def start(what: str, minimum_seconds: float = 200.0, **variables_of_all: str) -> Job:
         (tmp_path / "logs").mkdir()
         (tmp_path / "step").write_text("0")
         port = free_port()
@@ -92,7 +93,7 @@ def start(tmp_path: Path):
             ranks.append(
                 subprocess.Popen(
                     [sys.executable, "-c", RANK, str(tmp_path), what, str(minimum_seconds)],
-                    env={**environment, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(REPO)},
+                    env={**environment, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(REPO), **variables_of_all},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
@@ -148,6 +149,27 @@ def test_a_killed_rank_ends_the_others(start: Callable[..., Job]) -> None:
     job.ranks[1].kill()
     codes, _ = job.end()
     assert codes == [FAILED, -signal.SIGKILL, FAILED]
+
+
+def test_a_job_that_has_been_put_back_leaves_the_folder_to_its_next_attempt(start: Callable[..., Job]) -> None:
+    """As where a node is lost to SLURM, but not to the file system."""
+    job = start("goes on", SLURM_JOB_ID="77", SLURM_RESTART_COUNT="2")
+    (job.run_dir / ".lock").write_text("job 77, attempt 2")
+    job.wait_for_step(5)
+    (job.run_dir / ".lock").write_text("job 77, attempt 3")
+    codes, _ = job.end()
+    assert codes == [FAILED, FAILED, FAILED]
+    assert f"{job.run_dir} is in use by job 77, attempt 3 now: this process ends" in job.log(0)
+    assert read_failure(job.run_dir) is None
+
+
+def test_without_time_for_a_checkpoint_the_end_comes_at_once(start: Callable[..., Job]) -> None:
+    """No more than RESERVE seconds are left when the first signal comes; before it, the time that is left does not matter."""
+    job = start("goes on", **{END_TIME: str(time.time() + 1)})
+    job.wait_for_step(5)
+    os.kill(job.ranks[2].pid, signal.SIGUSR1)
+    codes, _ = job.end()
+    assert codes[2] == STOPPED_AT_ONCE and "No time is left for a checkpoint" in job.log(2)
 
 
 def test_one_signal_waits_for_the_step_and_two_do_not(start: Callable[..., Job]) -> None:
