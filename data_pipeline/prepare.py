@@ -46,6 +46,8 @@ def prepare(config: PrepareConfig, *, show_progress: bool = True) -> DatasetDesc
     if not config.overwrite and (finished := _finished(out, config)) is not None:
         shutil.rmtree(config.work_folder, ignore_errors=True)  # of a call that was killed after its last step
         return finished
+    if config.source == "digits" and rank_and_size()[0] > 0:
+        return None  # seconds of work, which are not shared
     try:
         return (
             _prepare_digits(out, config, show_progress)

@@ -49,6 +49,8 @@ prepare_job() {
     export PYTHONPATH="$PIFLOW_ROOT${PYTHONPATH:+:$PYTHONPATH}"
     # Libraries tell users what their own authors should change; set the variable to bring it back.
     export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::FutureWarning,ignore::DeprecationWarning}
+    # Where sbatch was told to export nothing, srun would do the same, and tasks lack all that is set here.
+    export SLURM_EXPORT_ENV=ALL
     # A step does not take over the job's --cpus-per-task, and gets one core a task where none is asked for.
     local per_node=${SLURM_NTASKS_PER_NODE:-1}
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$(( ${SLURM_CPUS_ON_NODE:-1} / per_node > 0 ? ${SLURM_CPUS_ON_NODE:-1} / per_node : 1 ))}

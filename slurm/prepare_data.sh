@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# A data set for training: sbatch slurm/prepare_data.sh out=DIR source=... [key=value ...], from the repository's folder.
+# A data set for training, by all tasks: sbatch slurm/prepare_data.sh out=DIR source=... [key=value ...], from the repository's folder.
 #SBATCH --job-name=prepare_data
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task=16
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=4
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@60
 #SBATCH --requeue

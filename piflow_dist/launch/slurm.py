@@ -21,6 +21,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 from piflow_dist.config import CONFIG_DIR, Config, ConfigError, require
 from piflow_dist.launch.batch import prepare_run_dir
 from piflow_dist.launch.job_state import ENDED, Unknown, job_state
+from piflow_dist.launch.site import SITE
 from piflow_dist.launch.task import train
 
 ROOT = CONFIG_DIR.parent
@@ -99,7 +100,7 @@ def parameters(configs: list[Config]) -> dict[str, Any]:
         "signal_delay_s": launch.warning_seconds,
         "stderr_to_stdout": True,
         "wckey": None,  # submitit's own would be refused where these keys are checked
-        "setup": [f"export PIFLOW_ROOT={shlex.quote(str(ROOT))}", 'source "$PIFLOW_ROOT/slurm/common.sh" || exit 2']
+        "setup": [*exports(), 'source "$PIFLOW_ROOT/slurm/common.sh" || exit 2']
         + [f"run_dirs=({run_dirs})", f"claim {RUN_DIR}"],
         "srun_args": ["--kill-on-bad-exit=1", *container_arguments()],
         "teardown": [f"after_training {RUN_DIR} $?"],
@@ -109,6 +110,14 @@ def parameters(configs: list[Config]) -> dict[str, Any]:
         found |= {"gpus_per_node": cluster.gpus_per_node, "exclusive": True}
         found["additional_parameters"]["mem"] = 0
     return found
+
+
+def exports() -> list[str]:
+    """What the job is to know also where sbatch exports nothing (SBATCH_EXPORT=NONE)."""
+    known = {"PIFLOW_ROOT": str(ROOT)} | {
+        name: os.environ[name] for name in (SITE, "PIFLOW_PYTHON") if os.environ.get(name)
+    }
+    return [f"export {name}={shlex.quote(value)}" for name, value in known.items()]
 
 
 def container_arguments() -> list[str]:

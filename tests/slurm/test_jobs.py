@@ -11,13 +11,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from conftest import REPO, TINY, read_weights, write_diffusers_teacher
 from local_cluster import LocalCluster, processes_of
 
+from data_pipeline.prepare import PrepareConfig, prepare
 from piflow_dist.checkpoint.files import newest_complete
+from piflow_dist.launch.exits import GAVE_UP
+from piflow_dist.launch.failure_record import Failure, failure_path
+from piflow_dist.launch.restarts import WAIT
 from piflow_dist.tracking.tracker import read_metrics
 
 STEPS = 90
@@ -105,10 +110,50 @@ def test_images_are_sampled_by_all_tasks_and_only_once(
     assert "all 6 images are there" in run_script(slurm, tmp_path, *script, *request)
 
 
-def test_a_data_set_is_prepared(slurm: LocalCluster, tmp_path: Path) -> None:
-    script = ["--cpus-per-task=1", str(REPO / "slurm" / "prepare_data.sh")]
-    log = run_script(slurm, tmp_path, *script, f"out={tmp_path / 'data'}", "source=digits", "keep_images=false")
-    assert f"{tmp_path / 'data'}: " in log and (tmp_path / "data" / "dataset.json").is_file()
+def test_a_data_set_is_prepared_by_all_tasks_and_goes_on_after_the_time_limit(
+    slurm: LocalCluster, tmp_path: Path
+) -> None:
+    """One task is stopped, so that its parts are missing when the time limit's warning comes; the others' are not made again."""
+    prompts, out, log = tmp_path / "prompts.txt", tmp_path / "set", tmp_path / "log"
+    prompts.write_text("".join(f"a square of {number} by {number + 1}\n" for number in range(80)))
+    settings = ["source=prompts", f"path={prompts}", "samples_per_part=5", "prompt_dim=8"]
+    tasks = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1")
+    script = (str(REPO / "slurm" / "prepare_data.sh"), f"out={out}", *settings)
+    job = slurm.run(
+        *("sbatch", "--parsable", f"--output={log}", f"--chdir={tmp_path}", *tasks, *script),
+        PIFLOW_ROOT=str(REPO),
+        PIFLOW_PYTHON=sys.executable,
+    ).stdout.strip()
+
+    def last_task() -> list[int]:
+        return [pid for pid, rank in tasks_on(slurm, "n2", b"prepare_data.py").items() if rank == 3]
+
+    def done() -> dict[str, int]:
+        """Shards by what they hold -> inode."""
+        files = [path for path in tmp_path.rglob("*.mds.zstd") if "work" not in path.parts]
+        return {path.read_bytes().hex(): path.stat().st_ino for path in files}
+
+    slurm.wait_until(last_task, f"the last task of job {job}")
+    os.kill(last_task()[0], signal.SIGSTOP)
+    slurm.wait_until(lambda: len(done()) == 12, "the parts of three tasks")
+    before = done()
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    slurm.start_now(job)
+    slurm.wait_for_state(job, "COMPLETED")
+    assert slurm.job(job)["Restarts"] == "1"
+    assert f"{out}: 80 train" in log.read_text()
+    after = done()
+    assert len(after) == 16 and before.items() <= after.items()
+    alone = prepare(
+        PrepareConfig(
+            **dict(word.split("=") for word in settings[:2]),
+            out=str(tmp_path / "alone"),
+            samples_per_part=5,
+            prompt_dim=8,
+        ),
+        show_progress=False,
+    )
+    assert {path.read_bytes().hex() for path in alone.root.rglob("*.zstd")} == set(after)
 
 
 def test_a_script_with_a_bad_key_ends_at_once(slurm: LocalCluster, tmp_path: Path) -> None:
@@ -134,8 +179,8 @@ class Disturbed:
     log: str = ""
 
 
-def tasks_on(cluster: LocalCluster, node: str) -> dict[int, int]:
-    """Process id -> rank of the training's processes on a node."""
+def tasks_on(cluster: LocalCluster, node: str, program: bytes = b"piflow_dist.launch.task") -> dict[int, int]:
+    """Process id -> rank of a step's processes on a node."""
     found = {}
     for pid in processes_of(cluster.folder):
         try:
@@ -144,7 +189,7 @@ def tasks_on(cluster: LocalCluster, node: str) -> dict[int, int]:
         except OSError:
             continue
         variables = dict(word.partition("=")[::2] for word in words if "=" in word)
-        if b"piflow_dist.launch.task" in command and variables.get("SLURMD_NODENAME") == node:
+        if program in command and variables.get("SLURMD_NODENAME") == node:
             rank = variables.get("SLURM_PROCID")
             if rank is not None and b"srun" not in command:
                 found[pid] = int(rank)
@@ -285,6 +330,55 @@ def test_only_the_present_attempt_puts_a_job_back(
     assert slurm.job(job)["Restarts"] == restarts
     assert ("goes back to the queue" in (tmp_path / "log").read_text()) == (restarts == "1")
     slurm.run("scancel", job, check=False)
+
+
+def test_a_job_that_dies_three_times_at_a_step_waits_longer_each_time_and_is_given_up(
+    slurm: LocalCluster, tmp_path: Path
+) -> None:
+    """The batch script's part, with a failure that a rank has left in the run folder instead of a training."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
+    failure = Failure(3, 5, "data", "DataError: a shard is damaged", "Traceback\nDataError: a shard is damaged")
+    (tmp_path / "logs").mkdir()
+    failure_path(tmp_path).write_text(json.dumps(vars(failure)))
+    script = tmp_path / "job.sh"
+    script.write_text(
+        f'#!/bin/bash\nexport PIFLOW_ROOT={REPO}\nsource "$PIFLOW_ROOT/slurm/common.sh"\nafter_training {tmp_path} 1\n'
+    )
+    words = (
+        "sbatch",
+        "--parsable",
+        "--open-mode=append",
+        f"--output={tmp_path}/log",
+        "--ntasks-per-node=1",
+        str(script),
+    )
+    job = slurm.run(*words, PIFLOW_PYTHON=sys.executable).stdout.strip()
+    for restarts, wait in ((1, WAIT), (2, 2 * WAIT)):
+        assert wait <= wait_of(slurm, job, restarts) < wait + 20, slurm.job(job)
+        slurm.start_now(job)
+    found = slurm.wait_for_state(job, "FAILED")
+    assert (found["Restarts"], found["ExitCode"]) == ("2", f"{GAVE_UP}:0")
+    log = (tmp_path / "log").read_text()
+    assert (
+        "Failed 3 times without getting past step 4: the job is given up. Last reason: DataError: a shard is damaged"
+        in log
+    )
+    assert log.endswith("DataError: a shard is damaged\nRank 3 failed in step 5, data.\n")
+
+
+def wait_of(slurm: LocalCluster, job: str, restarts: int) -> float:
+    """Seconds from a job's requeue until it may start again, when after_training has said so; SLURM's own wait is two minutes."""
+    found: list[float] = []
+
+    def is_told() -> bool:
+        fields = slurm.job(job)
+        if (fields["JobState"], fields["Restarts"]) == ("PENDING", str(restarts)):
+            put_back, start = (datetime.fromisoformat(fields[key]) for key in ("SubmitTime", "EligibleTime"))
+            found.append((start - put_back).total_seconds())
+        return bool(found) and found[-1] < 110
+
+    slurm.wait_until(is_told, f"attempt {restarts} of job {job}, put back")
+    return found[-1]
 
 
 def ended_or_requeued(job: dict[str, str]) -> bool:
