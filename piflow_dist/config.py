@@ -390,7 +390,7 @@ class LaunchConfig:
     hours: float = 24.0
     """+cluster: time limit of the job, which goes on after it by itself."""
     warning_seconds: int = 300
-    """+cluster: time before the limit at which the job is told to save and to end. More than a step and a save take."""
+    """Time for the step under way and a save: a job is told so long before its limit to stop, a run here has so long after a signal."""
     must_fit: bool = True
     """+cluster: refuse to submit what does not fit by the planner (tools/plan.py)."""
     follow: bool = False

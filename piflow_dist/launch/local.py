@@ -78,6 +78,7 @@ def run_workers(module: str, arguments: list[str], launch: LaunchConfig, log_dir
         rdzv_endpoint=f"127.0.0.1:{launch.port}",
         local_addr="127.0.0.1",
         max_restarts=0,
+        shutdown_timeout=launch.warning_seconds,  # after SIGTERM or Ctrl-C: a step and a save may take minutes
         start_method="fork",  # of launch.start=fork; fresh interpreters are started otherwise
         monitor_interval=0.2,
         # Ctrl-C is left to Python: the agent would pass SIGINT on, which workers ignore, and wait half a minute for them.
