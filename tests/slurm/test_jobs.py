@@ -19,6 +19,7 @@ from conftest import REPO, TINY, read_weights, write_diffusers_teacher
 from local_cluster import LocalCluster, processes_of
 
 from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.settings import parse_settings
 from piflow_dist.checkpoint.files import newest_complete
 from piflow_dist.launch.exits import GAVE_UP
 from piflow_dist.launch.failure_record import Failure, failure_path
@@ -116,7 +117,7 @@ def test_a_data_set_is_prepared_by_all_tasks_and_goes_on_after_the_time_limit(
     """One task is stopped, so that its parts are missing when the time limit's warning comes; the others' are not made again."""
     prompts, out, log = tmp_path / "prompts.txt", tmp_path / "set", tmp_path / "log"
     prompts.write_text("".join(f"a square of {number} by {number + 1}\n" for number in range(80)))
-    settings = ["source=prompts", f"path={prompts}", "samples_per_part=5", "prompt_dim=8"]
+    settings = ["source=prompts", f"path={prompts}", "samples_per_part=5", "prompt_dim=8", "resolution=64"]
     tasks = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1")
     script = (str(REPO / "slurm" / "prepare_data.sh"), f"out={out}", *settings)
     job = slurm.run(
@@ -144,15 +145,7 @@ def test_a_data_set_is_prepared_by_all_tasks_and_goes_on_after_the_time_limit(
     assert f"{out}: 80 train" in log.read_text()
     after = done()
     assert len(after) == 16 and before.items() <= after.items()
-    alone = prepare(
-        PrepareConfig(
-            **dict(word.split("=") for word in settings[:2]),
-            out=str(tmp_path / "alone"),
-            samples_per_part=5,
-            prompt_dim=8,
-        ),
-        show_progress=False,
-    )
+    alone = prepare(parse_settings(PrepareConfig, [*settings, f"out={tmp_path / 'alone'}"]), show_progress=False)
     assert {path.read_bytes().hex() for path in alone.root.rglob("*.zstd")} == set(after)
 
 
@@ -427,5 +420,7 @@ def test_a_sweep_is_an_array_and_cancelled_jobs_stay_cancelled(
     assert sorted(shown) == [f"{job}_0", f"{job}_1"]
     assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"train.seed=1", "train.seed=2", "slurm"}
     slurm.wait_until(lambda: slurm.job(f"{job}_0")["JobState"] == "RUNNING", "the array's first job")
+    another = launch(slurm, *arguments, "train.seed=1", f"run_dir={tmp_path / 'sweep' / 'train.seed=1'}")
+    assert another.returncode == 2 and f"is in use by job {job}_0 (running)" in another.stdout, another.stdout
     slurm.run("scancel", job)
     slurm.wait_for_state(f"{job}_0", "CANCELLED")

@@ -114,6 +114,7 @@ def test_the_batch_script(clean_environment: None, tiny_data: Path, tmp_path: Pa
         "#SBATCH --open-mode=append",
         "#SBATCH --job-name=my_run",
         f"run_dirs=('{tmp_path / 'my run'}')",
+        'claim "${run_dirs[${SLURM_ARRAY_TASK_ID:-0}]}"',
     ):
         assert line in script.splitlines()
     srun = next(line for line in script.splitlines() if line.startswith("srun"))
