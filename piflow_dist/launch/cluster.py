@@ -6,6 +6,7 @@ from rich.console import Console
 
 from piflow_dist.config import Config, require
 from piflow_dist.launch.continuation import describe_continuation, keep_micro_batch, set_aside
+from piflow_dist.launch.local import WorkerFailed
 from piflow_dist.launch.lock import LOCK, check_free, note_submitted
 from piflow_dist.launch.preflight import check_request
 from piflow_dist.launch.site import load_site
@@ -14,7 +15,10 @@ from piflow_dist.tracking.tracker import tracking_uri, ui_command
 
 
 def launch_on_cluster(configs: list[Config]) -> None:
-    """One job, or an array for several runs. Raises ConfigError, with no job submitted, where anything cannot work."""
+    """One job, or an array for several runs. Raises ConfigError, with no job submitted, where anything cannot work.
+
+    With launch.follow=true WorkerFailed where the job that was followed has not finished.
+    """
     first = configs[0]
     require(
         all((each.cluster, each.launch) == (first.cluster, first.launch) for each in configs),
@@ -46,6 +50,8 @@ def launch_on_cluster(configs: list[Config]) -> None:
     tell(jobs)
     if first.launch.follow:
         state = follow(jobs[0])
+        if state not in ("COMPLETED", "GONE"):
+            raise WorkerFailed(f"Job {jobs[0].job}: {state.lower()}. Log: {jobs[0].log}.")
         print(f"Job {jobs[0].job}: {state.lower()}.")
 
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import REPO, TINY, load_tool, run_tool
 
 from piflow_dist.config import ConfigError, load_config
+from piflow_dist.launch.local import WorkerFailed
 from piflow_dist.launch.site import load_site
 from piflow_dist.launch.slurm import batch_script
 from piflow_dist.launch.sweep import expand
@@ -180,6 +181,24 @@ def test_a_cluster_that_nobody_has_described(refused_by: Callable[..., Callable[
 
 def test_clusters_cannot_be_swept(refuse: Callable[..., str]) -> None:
     assert "cannot be swept" in refuse("-m", "launch.hours=1,2")
+
+
+def test_a_followed_job_that_fails_is_a_failure_here(
+    monkeypatch: pytest.MonkeyPatch, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from piflow_dist.launch import cluster
+    from piflow_dist.launch.slurm import Submitted
+
+    for name in ("check_slurm", "check_accepted", "plan"):
+        monkeypatch.setattr(cluster, name, lambda *arguments: None)
+    monkeypatch.setattr(cluster, "submit", lambda configs: [Submitted("5", configs[0], tmp_path)])
+    monkeypatch.setattr(cluster, "follow", lambda job: "FAILED")
+    words = [*TEACHER, f"data.root={tiny_data}", f"run_dir={tmp_path / 'run'}", "launch.follow=true"]
+    with pytest.raises(WorkerFailed, match=f"Job 5: failed. Log: {tmp_path}/5_0_log.out"):
+        load_tool("launch").launch(words)
+    shown = capsys.readouterr().out
+    assert all(f"  {word}  " in shown for word in ("follow", "cancel", "resume", "state"))
+    assert (tmp_path / "run" / ".lock").read_text() == "job 5, attempt 0"
 
 
 def test_no_slurm_here_is_said_first(tiny_data: Path, tmp_path: Path) -> None:
