@@ -136,7 +136,8 @@ def test_a_data_set_is_prepared_by_all_tasks_and_goes_on_after_the_time_limit(
 
     slurm.wait_until(last_task, f"the last task of job {job}")
     os.kill(last_task()[0], signal.SIGSTOP)
-    slurm.wait_until(lambda: len(done()) == 12, "the parts of three tasks")
+    slurm.wait_until(lambda: len(done()) == 12 or slurm.job(job)["JobState"] != "RUNNING", "the parts of three tasks")
+    assert len(done()) == 12, log.read_text()
     before = done()
     slurm.run("scancel", "--batch", "--signal=USR1", job)
     slurm.start_now(job)
