@@ -421,7 +421,7 @@ def test_a_sweep_is_an_array_and_cancelled_jobs_stay_cancelled(
     assert sorted(shown) == [f"{job}_0", f"{job}_1"]
     assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"train.seed=1", "train.seed=2", "slurm"}
     slurm.wait_until(lambda: slurm.job(f"{job}_0")["JobState"] == "RUNNING", "the array's first job")
-    another = launch(slurm, *arguments, "train.seed=1", f"run_dir={tmp_path / 'sweep' / 'train.seed=1'}")
+    another = launch(slurm, *arguments, "train.seed=1", f"run_dir='{tmp_path}/sweep/train.seed=1'")
     assert another.returncode == 2 and f"is in use by job {job}_0 (running)" in another.stdout, another.stdout
     slurm.run("scancel", job)
     slurm.wait_for_state(f"{job}_0", "CANCELLED")
