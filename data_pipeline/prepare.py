@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from data_pipeline.codec import BlockCodec, Codec, QwenImageCodec, load_codec
+from data_pipeline.codec import BlockCodec, Codec, load_codec
 from data_pipeline.decode import Decoder
 from data_pipeline.description import FILE_NAME, DatasetDescription, check_files, load_description
 from data_pipeline.digits import DigitSource
@@ -16,14 +16,8 @@ from data_pipeline.parts import MOST_LISTED_PROMPTS, Assembled, Workshop, assemb
 from data_pipeline.plan import Plan, make_plan, wait_for_plan
 from data_pipeline.prepare_settings import PrepareConfig
 from data_pipeline.progress import Progress
-from data_pipeline.prompts import (
-    PromptEncoder,
-    QwenPromptEncoder,
-    TokenTableEncoder,
-    load_prompt_encoder,
-    vocabulary,
-)
-from data_pipeline.shared import describe_shared
+from data_pipeline.prompts import PromptEncoder, load_prompt_encoder
+from data_pipeline.shared import describe_shared, encoder_of_captions, pretrained_codec, pretrained_prompt_encoder
 from data_pipeline.source import Source
 from data_pipeline.staging import publish, staging_folder
 from data_pipeline.world import local_device, rank_and_size
@@ -207,15 +201,15 @@ def _open_source(config: PrepareConfig) -> Source:
 
 
 def _open_prompt_encoder(config: PrepareConfig, source: Source) -> PromptEncoder:
-    if config.prompt_encoder == "token_table":
-        return TokenTableEncoder(vocabulary(source.captions()), dim=config.prompt_dim)
-    return QwenPromptEncoder(config.model_path, device=config.device)
+    if (pretrained := pretrained_prompt_encoder(config)) is not None:
+        return load_prompt_encoder(pretrained, config.device)
+    return encoder_of_captions(config, set(source.captions()))
 
 
 def _open_codec(config: PrepareConfig, source: Source, progress: Progress) -> tuple[Codec, Decoder]:
     """The codec, and a decoder that gives it the image channels it wants."""
-    if config.codec == "qwen_image_vae":
-        vae = QwenImageCodec(config.model_path, device=config.device)
+    if (pretrained := pretrained_codec(config)) is not None:
+        vae = load_codec(pretrained, config.device)
         return vae, _open_decoder(config, vae.image_channels)
     decoder = _open_decoder(config, channels=1)
     split = source.splits[0]
