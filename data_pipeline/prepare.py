@@ -11,6 +11,7 @@ from data_pipeline.codec import BlockCodec, Codec, load_codec
 from data_pipeline.decode import Decoder
 from data_pipeline.description import FILE_NAME, DatasetDescription, check_files, load_description
 from data_pipeline.digits import DigitSource
+from data_pipeline.empty_prompt import write_empty_prompt
 from data_pipeline.errors import DataError
 from data_pipeline.parts import MOST_LISTED_PROMPTS, Assembled, Workshop, assemble, work_off
 from data_pipeline.plan import Plan, make_plan, wait_for_plan
@@ -148,6 +149,7 @@ def _describe(plan: Plan, staged: Path, config: PrepareConfig, shop: Workshop, a
         latents=config.latents if config.has_images() else "none",
         left_out=assembled.left_out,
         changed=assembled.changed,
+        empty_prompt=write_empty_prompt(staged, shop.prompt_encoder),
     ).write()
 
 
@@ -193,6 +195,7 @@ def _write_set(folder: Path, config: PrepareConfig, show_progress: bool) -> None
         source=source.describe(),
         request=config.request(),
         created_by={name: version(name) for name in PACKAGES},
+        empty_prompt=write_empty_prompt(folder, prompt_encoder),
     ).write()
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from data_pipeline.class_labels import ClassLabelEncoder, in_label_order, read_l
 from data_pipeline.codec import AutoencoderKLCodec, load_codec
 from data_pipeline.compat import repair_torchvision
 from data_pipeline.description import load_description
+from data_pipeline.empty_prompt import read_empty_prompt
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import PrepareConfig, prepare
 from data_pipeline.prompts import load_prompt_encoder
@@ -226,6 +228,19 @@ def test_flux_from_captions(flux: Path, tmp_path: Path) -> None:
     assert batch["prompt_embeds"].shape == (1, 25, 24) and batch["prompt_mask"].all()
     (want_LD,) = load_prompt_encoder(description.prompt_encoder).encode(batch["prompts"])
     assert torch.equal(batch["prompt_embeds"][0], want_LD.bfloat16().float())
+    # Training asks for "" alone, and needs no encoder for it.
+    (empty_LD,) = load_prompt_encoder(description.prompt_encoder).encode([""])
+    without = replace(description, prompt_encoder={"kind": "moved away"})
+    assert torch.equal(read_empty_prompt(without), empty_LD.bfloat16().float())
+    older = replace(description, empty_prompt=None)
+    assert torch.equal(read_empty_prompt(older), empty_LD)
+    file = tmp_path / "set" / "empty_prompt.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match="empty_prompt.safetensors is damaged"):
+        read_empty_prompt(description)
+    file.unlink()
+    with pytest.raises(DataError, match="empty_prompt.safetensors is missing"):
+        prepare(config, show_progress=False)
 
 
 def test_classes_of_digits_and_what_is_refused(classes: Path, tmp_path: Path) -> None:
@@ -235,7 +250,9 @@ def test_classes_of_digits_and_what_is_refused(classes: Path, tmp_path: Path) ->
     (tmp_path / "labels.txt").write_text("n01\nn02\n")
     with pytest.raises(DataError, match=r"labels.txt does not fit to path=.*'n03' is none of the 2 classes"):
         labels = str(tmp_path / "labels.txt")
-        prepare(settings(tmp_path / "b", classes, captions="folders", prompt_encoder="class_labels", labels=labels), **run)
+        prepare(
+            settings(tmp_path / "b", classes, captions="folders", prompt_encoder="class_labels", labels=labels), **run
+        )
     with pytest.raises(DataError, match="is in no class folder. With captions=folders"):
         prepare(settings(tmp_path / "c", classes / "n01", captions="folders"), **run)
     for wrong, message in (
