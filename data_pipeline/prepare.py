@@ -2,8 +2,10 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -14,7 +16,7 @@ from data_pipeline.digits import DigitSource
 from data_pipeline.empty_prompt import write_empty_prompt
 from data_pipeline.errors import DataError
 from data_pipeline.parts import MOST_LISTED_PROMPTS, Assembled, Workshop, assemble, work_off
-from data_pipeline.plan import Plan, make_plan, wait_for_plan
+from data_pipeline.plan import OpenItems, Plan, make_plan, wait_for_plan
 from data_pipeline.prepare_settings import PrepareConfig
 from data_pipeline.progress import Progress
 from data_pipeline.prompts import PromptEncoder, load_prompt_encoder
@@ -48,6 +50,8 @@ def prepare(config: PrepareConfig, *, show_progress: bool = True) -> DatasetDesc
             else _prepare_parts(out, config, show_progress)
         )
     except OSError as error:
+        if error.errno is None:
+            raise  # one of our own: a source or a model that is not there
         raise OSError(f"Cannot write {out}: {error}. Choose another out=, or free space there.") from error
 
 
@@ -69,19 +73,29 @@ def _prepare_parts(out: Path, config: PrepareConfig, show_progress: bool) -> Dat
     if config.overwrite and size > 1:
         raise ValueError(f"overwrite=true on {size} processes: each would remove what the others make. Remove {out}.")
     device = local_device(config.device)
+    opened: list[tuple[Codec, PromptEncoder]] = []
+
+    def describe(items: OpenItems) -> dict[str, Any]:
+        shared = describe_shared(config, items)
+        opened.append(_open_models(shared, device))  # before there is a plan: a wrong model_path leaves none behind
+        return shared
+
     if rank == 0:
-        plan = make_plan(config, lambda items: describe_shared(config, items))
+        plan = make_plan(config, describe)
     else:
         plan = wait_for_plan(config, rank, lambda: _finished(out, config))
         if plan is None:
             return load_description(out)
-    codec = load_codec(plan.shared["codec"], device)
-    encoder = load_prompt_encoder(plan.shared["prompt_encoder"], device)
+    codec, encoder = opened[0] if opened else _open_models(plan.shared, device)
     shape = plan.shared["prompt_shape"]
     shop = Workshop.open(config, codec, encoder, device, tuple(shape) if shape else None)
     with Progress(show_progress and rank == 0) as progress:
         _work(plan, rank, size, shop, progress)
     return _publish_if_whole(plan, out, config, shop, rank)
+
+
+def _open_models(shared: Mapping[str, Any], device: str) -> tuple[Codec, PromptEncoder]:
+    return load_codec(shared["codec"], device), load_prompt_encoder(shared["prompt_encoder"], device)
 
 
 def _work(plan: Plan, rank: int, size: int, shop: Workshop, progress: Progress) -> None:

@@ -263,4 +263,12 @@ def test_classes_of_digits_and_what_is_refused(classes: Path, tmp_path: Path) ->
     ):
         with pytest.raises(ValueError, match=message):
             settings(tmp_path / "d", classes, **wrong)
+    # A wrong folder is named as such, and leaves no plan that the right one would have to be removed for.
+    wrong = settings(tmp_path / "e", classes, captions="folders", codec="autoencoder_kl", model_path=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="^No VAE in"):
+        prepare(wrong, **run)
+    assert not (tmp_path / ".e.parts" / "plan.json").exists()
+    assert prepare(settings(tmp_path / "e", classes, captions="folders"), **run).splits == {"train": 12}
+    with pytest.raises(FileNotFoundError, match="^path=nowhere does not exist"):
+        prepare(settings(tmp_path / "f", Path("nowhere")), **run)
     assert PrepareConfig(out="x", prompt_encoder="class_labels").labels is None
