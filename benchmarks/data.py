@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/data.py [stream] [decode] [wait] [--samples 200] [--repeats 3]
 
 stream  samples/s of LatentStream over pre-encoded latents and embeddings of Qwen-Image's size, against reading the bytes
-        of the same shard files, decompressed and compressed
+        of the same shard files, decompressed and compressed, and against what a step of the 20B model could consume
 decode  images/s of DALI's decode, crop and resize on one thread, against Pillow's and torchvision's
-wait    share of the demo teacher's training steps that is spent waiting for a batch
+wait    share of the demo teacher's training steps that is spent waiting for a batch, and the stream alone against what they
+        consume
 
 The alternatives take turns; the best of each counts. Shards are read from the page cache in all cases.
 """
@@ -35,6 +36,8 @@ from data_pipeline.writing import SplitWriter
 
 LATENT = (16, 128, 128)
 TOKENS, WIDTH = 128, 3584
+H100_FLOPS = 989e12
+"""Dense bf16, by its data sheet; no training reaches it."""
 PHOTOS = (
     ("sklearn", "datasets/images/china.jpg"),
     ("sklearn", "datasets/images/flower.jpg"),
@@ -55,6 +58,19 @@ def rate(count: int, work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return count / (time.perf_counter() - began)
+
+
+def most_consumed() -> float:
+    """Samples/s that a distillation step of Qwen-Image 20B would consume of one H100 at its full rate, for 1024 x 1024.
+
+    At least six forward passes: the teacher with and without prompt at two states, the student's forward and the
+    gradients of its activations. Two thirds of the parameters act on every token, half of them on images' tokens and
+    half on text's; the modulation acts once a sample.
+    """
+    image_tokens, parameters, width, layers = LATENT[1] * LATENT[2] // 4, 20.43e9, 3072, 60
+    tokens = image_tokens + TOKENS
+    forward = 2 * parameters / 3 * tokens + 4 * tokens**2 * width * layers
+    return H100_FLOPS / (6 * forward)
 
 
 class RandomPrompts:
@@ -120,10 +136,14 @@ def bench_stream(folder: Path, count: int, repeats: int) -> None:
         repeats,
     )
     raw = rates["raw read, decompressed shards"]
-    print(f"stream: {count} samples of {bytes_of_sample / 2**20:.2f} MiB")
+    consumed = most_consumed()
+    print(
+        f"stream: {count} samples of {bytes_of_sample / 2**20:.2f} MiB; one H100 consumes at most {consumed:.2f} a second"
+    )
     for name, value in rates.items():
         print(
-            f"  {name:<32} {value:9.1f} samples/s  {value * bytes_of_sample / 2**30:6.2f} GiB/s  {value / raw:6.3f} of raw"
+            f"  {name:<32} {value:9.1f} samples/s  {value * bytes_of_sample / 2**30:6.2f} GiB/s  {value / raw:6.3f} of raw  "
+            f"{value / consumed:5.0f} x an H100's"
         )
 
 
@@ -215,8 +235,12 @@ def bench_wait(folder: Path, steps: int = 30) -> None:
         run.state.step += 1
     seconds = time.perf_counter() - began
     per_step = seconds / (steps - 10)
+    consumed = (steps - 10) * config.train.batch_size / seconds
+    run.stream.next()
+    given = rate(200 * config.train.batch_size, lambda: [plain() for _ in range(200)])
     print(f"wait: demo teacher, batch {config.train.batch_size}, {per_step * 1000:.0f} ms a step")
     print(f"  waiting for data: {100 * waited / seconds:.2f} % of the step")
+    print(f"  consumed {consumed:.0f} samples/s; the stream alone gives {given:.0f}: {given / consumed:.0f} x")
 
 
 def main() -> None:

@@ -47,7 +47,8 @@ class ShardCache:
         stored = f"{place}/{(entry['zip_data'] or entry['raw_data'])['basename']}"
         local.mkdir(parents=True, exist_ok=True)
         with FileLock(local / f".{raw.name}.lock"):
-            if raw.is_file():
+            # Another process may make room at any moment: a file that was there a moment ago is no error.
+            with contextlib.suppress(FileNotFoundError):
                 if _hash(raw.read_bytes()) == entry["raw_data"]["hashes"][HASH]:
                     self._touch(raw)
                     return
@@ -96,8 +97,9 @@ class ShardCache:
 
     def _place(self, raw: Path, data: bytes) -> None:
         temporary = raw.with_name(raw.name + ".tmp")
-        # The lock is held while writing, so that what processes write at the same time stays within the limit together.
-        with FileLock(self.folder / ".space.lock") if self.limit is not None else contextlib.nullcontext():
+        # The lock is held while writing, so that what processes write at the same time stays within the limit together; also
+        # by those without a limit, as what is written without the lock is removed by those that have one.
+        with FileLock(self.folder / ".space.lock"):
             if self.limit is not None:
                 self._make_room(len(data), raw)
             try:

@@ -3,6 +3,7 @@
 B batch  C latent channels  H W latent size  c image channels  h w image size  n block edge
 """
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,7 +103,9 @@ class QwenImageCodec:
         from diffusers import AutoencoderKLQwenImage
 
         self._path, self._dtype = str(path), dtype
-        vae = AutoencoderKLQwenImage.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        vae = AutoencoderKLQwenImage.from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
         self._vae = vae.to(device).eval().requires_grad_(False)
         self.image_channels = vae.config.input_channels
         self.latent_channels = vae.config.z_dim
@@ -129,6 +132,55 @@ class QwenImageCodec:
         return {"kind": "qwen_image_vae", "path": self._path, "dtype": str(self._dtype).removeprefix("torch.")}
 
 
+class AutoencoderKLCodec:
+    """diffusers' AutoencoderKL, normalised by its own numbers: (latents - shift_factor) * scaling_factor.
+
+    SD's VAE (4 channels, no shift), as for models of ImageNet, and FLUX's (16 channels). `path` is a local model with a
+    `vae/` folder, or the folder of a VAE itself. The posterior's mode is taken, not a sample.
+    """
+
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+        folder = next((place for place in (Path(path) / "vae", Path(path)) if (place / "config.json").is_file()), None)
+        if folder is None:
+            raise FileNotFoundError(
+                f"No VAE in {path} or its vae/ (config.json is missing). Give the path of a local model with an "
+                "AutoencoderKL, such as FLUX.1-dev or sd-vae-ft-ema."
+            )
+        repair_torchvision()
+        from diffusers import AutoencoderKL
+
+        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+        if kind != "AutoencoderKL":
+            raise ValueError(f"{folder} holds a {kind}, not an AutoencoderKL. Choose the codec made for it.")
+        self._path, self._dtype = str(path), dtype
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        if vae.config.latents_mean is not None or vae.config.latents_std is not None:
+            raise ValueError(f"{folder} normalises channel by channel (latents_mean), which this codec does not.")
+        self._vae = vae.to(device).eval().requires_grad_(False)
+        self.image_channels = vae.config.in_channels
+        self.latent_channels = vae.config.latent_channels
+        self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._scale, self._shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+
+    @torch.no_grad()
+    def encode(self, images_Bchw: Tensor) -> Tensor:
+        _check_image_shape(images_Bchw, self.image_channels, self.downscale)
+        at_once = max(1, PIXELS_AT_ONCE // (images_Bchw.shape[2] * images_Bchw.shape[3]))
+        modes_BCHW = [
+            self._vae.encode(part_Bchw.to(self._dtype)).latent_dist.mode().float()
+            for part_Bchw in images_Bchw.split(at_once)
+        ]
+        return (torch.cat(modes_BCHW) - self._shift) * self._scale
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        raw_BCHW = latents_BCHW.float() / self._scale + self._shift
+        return self._vae.decode(raw_BCHW.to(self._dtype)).sample.float().clamp(-1, 1)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "autoencoder_kl", "path": self._path, "dtype": str(self._dtype).removeprefix("torch.")}
+
+
 def load_codec(description: Mapping[str, Any], device: str | torch.device = "cpu") -> Codec:
     """Build the codec that `describe()` described, for example the "codec" entry of a dataset.json."""
     match description.get("kind"):
@@ -136,8 +188,12 @@ def load_codec(description: Mapping[str, Any], device: str | torch.device = "cpu
             return BlockCodec(description["image_channels"], description["block"], description["scale"])
         case "qwen_image_vae":
             return QwenImageCodec(description["path"], getattr(torch, description["dtype"]), device)
+        case "autoencoder_kl":
+            return AutoencoderKLCodec(description["path"], getattr(torch, description["dtype"]), device)
         case kind:
-            raise ValueError(f'Unknown codec kind {kind!r}. Known kinds: "block_dct", "qwen_image_vae".')
+            raise ValueError(
+                f'Unknown codec kind {kind!r}. Known kinds: "block_dct", "qwen_image_vae", "autoencoder_kl".'
+            )
 
 
 def _cosine_basis(n: int) -> Tensor:

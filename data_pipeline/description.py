@@ -2,6 +2,7 @@
 
 A set on disk:
     <root>/dataset.json
+    <root>/empty_prompt.safetensors             embedding of ""
     <root>/<split>/<bucket>/index.json          one bucket per latent size, named H x W, for example "8x8"
     <root>/<split>/<bucket>/shard.00000.mds.zstd
 """
@@ -19,6 +20,7 @@ from data_pipeline.store import download, is_remote, mirror_folder
 
 FORMAT = 1
 FILE_NAME = "dataset.json"
+EMPTY_PROMPT = "empty_prompt.safetensors"
 HASH = "xxh64"
 """Of every shard, compressed and not: checked when it is read."""
 
@@ -68,6 +70,8 @@ class DatasetDescription:
     """Samples of the source that could not be used, by reason; one by one in left_out.jsonl."""
     changed: Mapping[str, int] = field(default_factory=dict)
     """Samples that had to be changed, by what was changed."""
+    empty_prompt: str | None = None
+    """sha256 of the file with the embedding of ""; None in sets of earlier versions, which have none."""
     remote: str | None = None
     """URL of a set in a remote store."""
 
@@ -123,6 +127,7 @@ class DatasetDescription:
             "prompt_encoder": dict(self.prompt_encoder),
             "prompt_dim": self.prompt_dim,
             "prompts": list(self.prompts),
+            "empty_prompt": self.empty_prompt,
             "latents": self.latents,
             "splits": _splits_to_json(self.bucket_lists),
             "left_out": dict(self.left_out),
@@ -168,6 +173,7 @@ def load_description(root: str | Path) -> DatasetDescription:
             latents=content.get("latents", "stored"),  # sets of earlier versions have stored ones
             left_out=content.get("left_out", {}),
             changed=content.get("changed", {}),
+            empty_prompt=content.get("empty_prompt"),
             remote=remote,
         )
         recorded = content["fingerprint"]
@@ -180,6 +186,8 @@ def load_description(root: str | Path) -> DatasetDescription:
 
 def check_files(description: DatasetDescription) -> None:
     """Every file of the set is there with the size it was written with. (Hashes are checked when a shard is read.)"""
+    if description.empty_prompt is not None and not (description.root / EMPTY_PROMPT).is_file():
+        raise DataError(f"{description.root / EMPTY_PROMPT} is missing. Prepare the set again with overwrite=true.")
     for split, buckets in description.bucket_lists.items():
         for bucket in buckets:
             folder = description.folder(split, bucket)

@@ -14,7 +14,16 @@ import torch
 from PIL import Image, ImageDraw
 
 from data_pipeline.codec import load_codec
-from data_pipeline.description import FILE_NAME, Bucket, DatasetDescription, check_files, load_description, read_index
+from data_pipeline.description import (
+    EMPTY_PROMPT,
+    FILE_NAME,
+    Bucket,
+    DatasetDescription,
+    check_files,
+    load_description,
+    read_index,
+)
+from data_pipeline.empty_prompt import read_empty_prompt
 from data_pipeline.errors import DataError
 from data_pipeline.mds import decode_row, read_shard, read_shard_entries, stored_file
 from data_pipeline.parts import LEFT_OUT
@@ -77,6 +86,8 @@ def verify(description: DatasetDescription, advance: Advance = lambda count: Non
     keys: set[int] = set()
     try:
         check_files(description)
+        if description.empty_prompt is not None:
+            read_empty_prompt(description)
     except DataError as error:
         problems.append(str(error))
     for split, buckets in description.bucket_lists.items():
@@ -232,6 +243,8 @@ def merge(out: Path, sets: list[DatasetDescription]) -> DatasetDescription:
             left_out=_sum_counts([one.left_out for one in sets]),
             changed=_sum_counts([one.changed for one in sets]),
         ).write()
+        if first.empty_prompt is not None:
+            shutil.copyfile(first.root / EMPTY_PROMPT, staged / EMPTY_PROMPT)
         with (staged / LEFT_OUT).open("w") as lines:
             for one in sets:
                 if (one.root / LEFT_OUT).is_file():

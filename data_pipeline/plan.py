@@ -142,7 +142,8 @@ def _read_plan(folder: Path) -> tuple[Plan, dict[str, Any]] | None:
 def _write_parts(config: PrepareConfig, folder: Path) -> tuple[tuple[Part, ...], str]:
     """Items in the source's order, per split, in files of `samples_per_part`."""
     image_root = Path(config.image_root) if config.image_root else None
-    items = scan(config.source, Path(config.path), image_root, config.image_column, config.caption_column)
+    columns = config.image_column, config.caption_column
+    items = scan(config.source, Path(config.path), image_root, *columns, config.captions)
     waiting: dict[str, list[Item]] = {"train": [], "test": []}
     counts = dict.fromkeys(waiting, 0)
     parts: list[Part] = []

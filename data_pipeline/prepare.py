@@ -2,28 +2,25 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
-from data_pipeline.codec import BlockCodec, Codec, QwenImageCodec, load_codec
+from data_pipeline.codec import BlockCodec, Codec, load_codec
 from data_pipeline.decode import Decoder
 from data_pipeline.description import FILE_NAME, DatasetDescription, check_files, load_description
 from data_pipeline.digits import DigitSource
+from data_pipeline.empty_prompt import write_empty_prompt
 from data_pipeline.errors import DataError
 from data_pipeline.parts import MOST_LISTED_PROMPTS, Assembled, Workshop, assemble, work_off
-from data_pipeline.plan import Plan, make_plan, wait_for_plan
+from data_pipeline.plan import OpenItems, Plan, make_plan, wait_for_plan
 from data_pipeline.prepare_settings import PrepareConfig
 from data_pipeline.progress import Progress
-from data_pipeline.prompts import (
-    PromptEncoder,
-    QwenPromptEncoder,
-    TokenTableEncoder,
-    load_prompt_encoder,
-    vocabulary,
-)
-from data_pipeline.shared import describe_shared
+from data_pipeline.prompts import PromptEncoder, load_prompt_encoder
+from data_pipeline.shared import describe_shared, encoder_of_captions, pretrained_codec, pretrained_prompt_encoder
 from data_pipeline.source import Source
 from data_pipeline.staging import publish, staging_folder
 from data_pipeline.world import local_device, rank_and_size
@@ -55,6 +52,8 @@ def prepare(config: PrepareConfig, *, show_progress: bool = True) -> DatasetDesc
             else _prepare_parts(out, config, show_progress)
         )
     except OSError as error:
+        if error.errno is None:
+            raise  # one of our own: a source or a model that is not there
         raise OSError(f"Cannot write {out}: {error}. Choose another out=, or free space there.") from error
 
 
@@ -76,19 +75,29 @@ def _prepare_parts(out: Path, config: PrepareConfig, show_progress: bool) -> Dat
     if config.overwrite and size > 1:
         raise ValueError(f"overwrite=true on {size} processes: each would remove what the others make. Remove {out}.")
     device = local_device(config.device)
+    opened: list[tuple[Codec, PromptEncoder]] = []
+
+    def describe(items: OpenItems) -> dict[str, Any]:
+        shared = describe_shared(config, items)
+        opened.append(_open_models(shared, device))  # before there is a plan: a wrong model_path leaves none behind
+        return shared
+
     if rank == 0:
-        plan = make_plan(config, lambda items: describe_shared(config, items))
+        plan = make_plan(config, describe)
     else:
         plan = wait_for_plan(config, rank, lambda: _finished(out, config))
         if plan is None:
             return load_description(out)
-    codec = load_codec(plan.shared["codec"], device)
-    encoder = load_prompt_encoder(plan.shared["prompt_encoder"], device)
+    codec, encoder = opened[0] if opened else _open_models(plan.shared, device)
     shape = plan.shared["prompt_shape"]
     shop = Workshop.open(config, codec, encoder, device, tuple(shape) if shape else None)
     with Progress(show_progress and rank == 0) as progress:
         _work(plan, rank, size, shop, progress)
     return _publish_if_whole(plan, out, config, shop, rank)
+
+
+def _open_models(shared: Mapping[str, Any], device: str) -> tuple[Codec, PromptEncoder]:
+    return load_codec(shared["codec"], device), load_prompt_encoder(shared["prompt_encoder"], device)
 
 
 def _work(plan: Plan, rank: int, size: int, shop: Workshop, progress: Progress) -> None:
@@ -156,6 +165,7 @@ def _describe(plan: Plan, staged: Path, config: PrepareConfig, shop: Workshop, a
         latents=config.latents if config.has_images() else "none",
         left_out=assembled.left_out,
         changed=assembled.changed,
+        empty_prompt=write_empty_prompt(staged, shop.prompt_encoder),
     ).write()
 
 
@@ -201,6 +211,7 @@ def _write_set(folder: Path, config: PrepareConfig, show_progress: bool) -> None
         source=source.describe(),
         request=config.request(),
         created_by={name: version(name) for name in PACKAGES},
+        empty_prompt=write_empty_prompt(folder, prompt_encoder),
     ).write()
 
 
@@ -209,15 +220,15 @@ def _open_source(config: PrepareConfig) -> Source:
 
 
 def _open_prompt_encoder(config: PrepareConfig, source: Source) -> PromptEncoder:
-    if config.prompt_encoder == "token_table":
-        return TokenTableEncoder(vocabulary(source.captions()), dim=config.prompt_dim)
-    return QwenPromptEncoder(config.model_path, device=config.device)
+    if (pretrained := pretrained_prompt_encoder(config)) is not None:
+        return load_prompt_encoder(pretrained, config.device)
+    return encoder_of_captions(config, set(source.captions()))
 
 
 def _open_codec(config: PrepareConfig, source: Source, progress: Progress) -> tuple[Codec, Decoder]:
     """The codec, and a decoder that gives it the image channels it wants."""
-    if config.codec == "qwen_image_vae":
-        vae = QwenImageCodec(config.model_path, device=config.device)
+    if (pretrained := pretrained_codec(config)) is not None:
+        vae = load_codec(pretrained, config.device)
         return vae, _open_decoder(config, vae.image_channels)
     decoder = _open_decoder(config, channels=1)
     split = source.splits[0]

@@ -10,8 +10,9 @@ from omegaconf import MISSING
 from data_pipeline.screen import Limits
 
 SOURCES = ("digits", "folder", "table", "webdataset", "mds", "prompts")
-CODECS = ("block_dct", "qwen_image_vae")
-PROMPT_ENCODERS = ("token_table", "qwen2_5_vl")
+CODECS = ("block_dct", "qwen_image_vae", "autoencoder_kl")
+PROMPT_ENCODERS = ("token_table", "qwen2_5_vl", "t5_clip", "class_labels")
+WITHOUT_WEIGHTS = ("block_dct", "token_table", "class_labels")
 MACHINE_ONLY = ("out", "batch_size", "threads", "decode_device", "device", "overwrite")
 """Settings that the content of a set does not depend on."""
 
@@ -34,6 +35,8 @@ class PrepareConfig:
     """Column of a table or of MDS rows that holds the image's path or bytes."""
     caption_column: str = "caption"
     """Column of a table or of MDS rows, or field of a .json file, that holds the caption."""
+    captions: str = "beside"
+    """Of source=folder: beside (files beside the images) or folders (the folder below `path` that an image is in)."""
     resolution: int | None = None
     """Images become about resolution^2 pixels, in buckets of several aspect ratios. Not for digits, which stay as they are."""
     bucket_step: int = 64
@@ -59,13 +62,19 @@ class PrepareConfig:
     like: str | None = None
     """Another set, whose codec and prompt encoder are used."""
     codec: str = "block_dct"
-    """Images to latents: block_dct (orthogonal 4 x 4 transform, no weights) or qwen_image_vae (needs model_path)."""
+    """Images to latents: block_dct (orthogonal 4 x 4 transform, no weights), qwen_image_vae or autoencoder_kl (SD's or
+    FLUX's VAE; both need model_path)."""
     prompt_encoder: str = "token_table"
-    """Captions to embeddings: token_table (one fixed vector per word) or qwen2_5_vl (needs model_path)."""
+    """Captions to embeddings: token_table (one fixed vector per word), class_labels (a caption is the name of a class),
+    qwen2_5_vl or t5_clip (FLUX.1; both need model_path)."""
+    labels: str | None = None
+    """Of class_labels: a file with one class a line, in the order of the labels; default: all captions, sorted."""
+    max_tokens: int = 512
+    """Of qwen2_5_vl and t5_clip: longer prompts are cut."""
     prompt_dim: int = 64
     """Width of the token table's vectors."""
     model_path: str | None = None
-    """Local Qwen-Image folder with vae/, tokenizer/, text_encoder/."""
+    """Local folder of a Qwen-Image or FLUX.1 pipeline (vae/, tokenizer/, text_encoder/, ...), or of a VAE alone."""
     keep_images: bool = True
     """Store the encoded images in the shards too."""
     shard_mb: int = 64
@@ -89,12 +98,13 @@ class PrepareConfig:
             ("decode_device", ("cpu", "gpu")),
             ("broken", ("drop", "stop")),
             ("latents", ("stored", "online")),
+            ("captions", ("beside", "folders")),
         ):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}={value} is not known. Choose one of: {', '.join(known)}.")
         positive = ("prompt_dim", "shard_mb", "batch_size", "threads", "bucket_step", "min_side", "max_pixels")
-        for name in (*positive, "max_file_mb", "max_caption", "samples_per_part"):
+        for name in (*positive, "max_file_mb", "max_caption", "max_tokens", "samples_per_part"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.shard_mb > 2048:
@@ -125,16 +135,16 @@ class PrepareConfig:
             raise ValueError("latents=online stores the images instead of latents: keep_images=false leaves nothing.")
 
     def _check_models(self) -> None:
-        needs_model = [
-            f"{name}={value}"
-            for name, value, builtin in (
-                ("codec", self.codec, "block_dct"),
-                ("prompt_encoder", self.prompt_encoder, "token_table"),
-            )
-            if value != builtin
-        ]
+        if self.labels is not None and self.prompt_encoder != "class_labels":
+            raise ValueError(f"labels={self.labels} is read by prompt_encoder=class_labels alone.")
+        if self.captions == "folders" and self.source != "folder":
+            raise ValueError(f"captions=folders needs source=folder, not source={self.source}.")
+        chosen = {"codec": self.codec, "prompt_encoder": self.prompt_encoder}
+        needs_model = [f"{name}={value}" for name, value in chosen.items() if value not in WITHOUT_WEIGHTS]
         if needs_model and self.model_path is None and self.like is None:
-            raise ValueError(f"{needs_model[0]} reads pretrained weights: give model_path=FOLDER (a local Qwen-Image).")
+            raise ValueError(
+                f"{needs_model[0]} reads pretrained weights: give model_path=FOLDER (a local copy of the model)."
+            )
 
     def request(self) -> dict[str, Any]:
         """The settings that the content of the set depends on."""

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.class_labels import ClassLabelEncoder
 from data_pipeline.compat import repair_torchvision
+from data_pipeline.t5_clip import T5ClipEncoder
 
 
 class PromptEncoder(Protocol):
@@ -92,7 +94,7 @@ class QwenPromptEncoder:
         self._path, self._dtype, self._device, self._max_tokens = str(path), dtype, device, max_tokens
         self._tokenizer = AutoTokenizer.from_pretrained(Path(path) / "tokenizer", local_files_only=True)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            Path(path) / "text_encoder", torch_dtype=dtype, local_files_only=True
+            Path(path) / "text_encoder", torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
         # The inner model ends at the hidden states: no 152k-wide vocabulary logits for every token.
         self._model = model.model.to(device).eval().requires_grad_(False)
@@ -132,8 +134,14 @@ def load_prompt_encoder(description: Mapping[str, Any], device: str | torch.devi
         case "qwen2_5_vl":
             dtype = getattr(torch, description["dtype"])
             return QwenPromptEncoder(description["path"], dtype, device, description["max_tokens"])
+        case "t5_clip":
+            dtype = getattr(torch, description["dtype"])
+            return T5ClipEncoder(description["path"], dtype, device, description["max_tokens"])
+        case "class_labels":
+            return ClassLabelEncoder(description["classes"], description["names"])
         case kind:
-            raise ValueError(f'Unknown prompt encoder kind {kind!r}. Known kinds: "token_table", "qwen2_5_vl".')
+            known = '"token_table", "qwen2_5_vl", "t5_clip", "class_labels"'
+            raise ValueError(f"Unknown prompt encoder kind {kind!r}. Known kinds: {known}.")
 
 
 def pad_prompts(embeds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

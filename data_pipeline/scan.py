@@ -16,13 +16,20 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
-def scan(source: str, path: Path, image_root: Path | None, image_column: str, caption_column: str) -> Iterator[Item]:
+def scan(
+    source: str,
+    path: Path,
+    image_root: Path | None,
+    image_column: str,
+    caption_column: str,
+    captions: str = "beside",
+) -> Iterator[Item]:
     """The items of a source of `prepare`. Raises DataError where the source itself (not a sample of it) is damaged."""
     if not path.exists():
         raise FileNotFoundError(f"path={path} does not exist (source={source}).")
     match source:
         case "folder":
-            return scan_folder(path, caption_column)
+            return scan_classes(path) if captions == "folders" else scan_folder(path, caption_column)
         case "table":
             return scan_table(path, image_root or path.parent, image_column, caption_column)
         case "webdataset":
@@ -51,6 +58,21 @@ def scan_folder(folder: Path, caption_field: str) -> Iterator[Item]:
         key = path.relative_to(folder).as_posix()
         # The size is part of the plan's digest: a file that is replaced while a preparation goes on is noticed.
         yield Item(key, Span(str(path), size=path.stat().st_size), caption_at=caption_at, caption_field=field)
+
+
+def scan_classes(folder: Path) -> Iterator[Item]:
+    """Images in subfolders: the caption is the name of the one below `folder`. (ImageNet's train/n01440764/x.JPEG)"""
+    if not folder.is_dir():
+        raise NotADirectoryError(f"path={folder} is not a folder of class folders.")
+    for path in _walk(folder):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        key = path.relative_to(folder)
+        if len(key.parts) == 1:
+            raise DataError(
+                f"{path} is in no class folder. With captions=folders every image is in one below {folder}."
+            )
+        yield Item(key.as_posix(), Span(str(path), size=path.stat().st_size), caption=key.parts[0])
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -194,7 +216,7 @@ def _tar_sample(prefix: str, name: str | None, parts: dict[str, Span], caption_f
     image = next((span for suffix, span in parts.items() if f".{suffix}" in IMAGE_SUFFIXES), None)
     if name is None or image is None:
         return
-    text = parts.get("txt") or parts.get("caption")
+    text = parts.get("txt") or parts.get("caption") or parts.get("cls")
     field = None if text or "json" not in parts else caption_field
     yield Item(f"{prefix}/{name}", image, caption_at=text or parts.get("json"), caption_field=field)
 

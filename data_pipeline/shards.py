@@ -110,7 +110,8 @@ class ShardSet(StreamingDataset):
         shard_id, _ = self.spanner[sample_id]
         return self._shapes[self.stream_per_shard[shard_id]]
 
-    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+    def get_item(self, sample_id: int, retry: int = 50) -> Any:
+        """retry: how often a shard may make room for another process's between its arrival and its reading."""
         shard_id, row = self.spanner[sample_id]
         try:
             if shard_id not in self._checked:

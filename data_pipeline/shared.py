@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.buckets import crop_box, make_buckets, nearest_bucket
+from data_pipeline.class_labels import ClassLabelEncoder, in_label_order, read_labels
 from data_pipeline.codec import BlockCodec, load_codec
 from data_pipeline.decode import CropDecoder
 from data_pipeline.description import load_description
+from data_pipeline.errors import DataError
 from data_pipeline.plan import OpenItems
-from data_pipeline.prepare_settings import PrepareConfig
-from data_pipeline.prompts import TokenTableEncoder, vocabulary
+from data_pipeline.prepare_settings import WITHOUT_WEIGHTS, PrepareConfig
+from data_pipeline.prompts import PromptEncoder, TokenTableEncoder, vocabulary
 from data_pipeline.reading import ReadSample, SampleReader
 
+MOST_CLASSES = 100_000
+"""More are captions that were taken for names of classes."""
 SAMPLES_MEASURED = 256
 """From which the scale of the block transform is taken."""
 
@@ -37,8 +41,8 @@ def describe_shared(config: PrepareConfig, open_items: OpenItems) -> dict[str, A
 
 
 def _describe_codec(config: PrepareConfig, reader: SampleReader, open_items: OpenItems) -> dict[str, Any]:
-    if config.codec == "qwen_image_vae":
-        return {"kind": "qwen_image_vae", "path": str(Path(config.model_path)), "dtype": "float32"}
+    if (pretrained := pretrained_codec(config)) is not None:
+        return pretrained
     if not config.has_images():
         return BlockCodec(image_channels=3).describe()
     scale = 1 / _root_mean_square(config, reader, open_items)
@@ -63,8 +67,41 @@ def _root_mean_square(config: PrepareConfig, reader: SampleReader, open_items: O
 
 
 def _describe_prompt_encoder(config: PrepareConfig, reader: SampleReader, open_items: OpenItems) -> dict[str, Any]:
-    if config.prompt_encoder == "qwen2_5_vl":
-        path = str(Path(config.model_path))
-        return {"kind": "qwen2_5_vl", "path": path, "dtype": "bfloat16", "max_tokens": 512}
+    if (pretrained := pretrained_prompt_encoder(config)) is not None:
+        return pretrained
     captions = {caption for item in open_items() if (caption := reader.read_caption(item)) is not None}
-    return TokenTableEncoder(vocabulary(sorted(captions)), dim=config.prompt_dim).describe()
+    return encoder_of_captions(config, captions).describe()
+
+
+def pretrained_codec(config: PrepareConfig) -> dict[str, Any] | None:
+    """Its description, or None for the codec without weights."""
+    if config.codec == "block_dct":
+        return None
+    return {"kind": config.codec, "path": str(Path(config.model_path)), "dtype": "float32"}
+
+
+def pretrained_prompt_encoder(config: PrepareConfig) -> dict[str, Any] | None:
+    """Its description, or None for those that are made of the captions."""
+    if config.prompt_encoder in WITHOUT_WEIGHTS:
+        return None
+    path = str(Path(config.model_path))
+    return {"kind": config.prompt_encoder, "path": path, "dtype": "bfloat16", "max_tokens": config.max_tokens}
+
+
+def encoder_of_captions(config: PrepareConfig, captions: set[str]) -> PromptEncoder:
+    """Raises DataError where a caption is not in the file of labels."""
+    if config.prompt_encoder == "token_table":
+        return TokenTableEncoder(vocabulary(sorted(captions)), dim=config.prompt_dim)
+    if config.labels is None:
+        if len(captions) > MOST_CLASSES:
+            raise DataError(
+                f"{len(captions):,} different captions are hardly classes. Choose another prompt_encoder, or give labels=FILE."
+            )
+        return ClassLabelEncoder(in_label_order(captions))
+    encoder = read_labels(Path(config.labels))
+    for caption in sorted(captions):
+        try:
+            encoder.label(caption)
+        except ValueError as error:
+            raise DataError(f"labels={config.labels} does not fit to path={config.path}: {error}") from error
+    return encoder

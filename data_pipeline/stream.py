@@ -4,6 +4,7 @@ B batch  C latent channels  H W latent size  L text tokens  D width
 """
 
 import gc
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,13 +14,11 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data_pipeline.description import load_description
 from data_pipeline.online import OnlineEncoder
-from data_pipeline.prompts import pad_prompts
 from data_pipeline.shards import ShardSet
-from data_pipeline.writing import from_bfloat16_bits
 
 STATE_VERSION = 1
 MEMORY_LIMIT_BYTES = 512 << 20
@@ -51,8 +50,8 @@ class LatentStream:
     cache_dir: where shards are decompressed; by default beside the compressed ones, or below the temporary folder
         where the set is remote or read-only. All processes of a machine share it.
     cache_bytes: limit of cache_dir; by default none, and for a remote set 80 % of what is free.
-    device: where images are decoded and encoded in sets made with latents=online. Batches of stored latents stay in
-        (pinned, if there is a GPU) memory of the CPU.
+    device: where batches are wanted, and where images are decoded and encoded in sets made with latents=online. To a GPU
+        they go as 16 bits from pinned memory, and become float32 there.
     augment: random crops and mirroring, for the same sets.
     """
 
@@ -76,7 +75,9 @@ class LatentStream:
         self.description = load_description(root)
         self.batch_size, self.dp_rank, self.dp_size = batch_size, dp_rank, dp_size
         self.global_batch = batch_size * dp_size if global_batch is None else global_batch
-        self._num_workers = num_workers
+        self._num_workers, self._device = num_workers, torch.device(device)
+        if self._device == torch.device("cuda"):
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._check_arguments(split, seed)
         self._identity = {
             "version": STATE_VERSION,
@@ -98,7 +99,7 @@ class LatentStream:
         self._online = None
         if self.description.latents == "online":
             self._online = OnlineEncoder(
-                self.description, seed=seed, batch_size=batch_size, device=device, augment=augment
+                self.description, seed=seed, batch_size=batch_size, device=self._device, augment=augment
             )
         elif augment:
             raise ValueError(f"augment=true changes pixels, but {root} holds latents. Prepare it with latents=online.")
@@ -108,14 +109,14 @@ class LatentStream:
         self.samples_per_epoch = self._order(0).size
         """Over all ranks, without the rest that is left out."""
         self.epoch, self._consumed = 0, 0
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[Mapping[str, Any]] | None = None
 
     def next(self) -> Batch:
         """The next batch of this rank. Raises DataError naming the file where a shard is missing or damaged."""
         if self._batches is None:
             self._batches = self._start(self.epoch, self._consumed)
         try:
-            batch = next(self._batches)
+            batch = widen(next(self._batches), self._device)
         except BaseException:
             self._batches = None  # a generator that has raised is at its end; the next call tries this batch again
             raise
@@ -192,11 +193,11 @@ class LatentStream:
             yield self._ids(epoch, consumed)
             epoch, consumed = self._after(epoch, consumed)
 
-    def _start(self, epoch: int, consumed: int) -> Iterator[Batch]:
+    def _start(self, epoch: int, consumed: int) -> Iterator[dict[str, Any]]:
         batches = self._read(self._id_lists(epoch, consumed))
         return batches if self._online is None else self._encoded(batches, epoch, consumed)
 
-    def _read(self, id_lists: Iterator[list[int]]) -> Iterator[Batch]:
+    def _read(self, id_lists: Iterator[list[int]]) -> Iterator[dict[str, Any]]:
         if self._num_workers == 0:
             return self._read_ahead(id_lists)
         loader = DataLoader(
@@ -206,7 +207,7 @@ class LatentStream:
             collate_fn=collate,
             multiprocessing_context="fork",  # the shards' shared memory has no name to attach to
             generator=torch.Generator(),  # the loader draws a seed: not from the training's generator
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._device.type == "cuda",
         )
         # A DALI pipeline that is garbage here must not be collected in a worker: its end waits for threads that were not
         # forked. Frozen objects stay out of the collector's sight; the worker keeps them so.
@@ -216,31 +217,36 @@ class LatentStream:
         finally:
             gc.unfreeze()
 
-    def _read_ahead(self, id_lists: Iterator[list[int]]) -> Iterator[Batch]:
+    def _read_ahead(self, id_lists: Iterator[list[int]]) -> Iterator[dict[str, Any]]:
         """The next batch is read by a thread while this one is trained on."""
-        with ThreadPoolExecutor(1) as reader:
+        # Pinned memory belongs to a GPU's context, and every new thread starts on the first GPU.
+        first = (torch.cuda.set_device, (self._device,)) if self._device.type == "cuda" else (None, ())
+        with ThreadPoolExecutor(1, initializer=first[0], initargs=first[1]) as reader:
             reading = reader.submit(self._read_batch, next(id_lists))
             for ids in id_lists:
                 following = reader.submit(self._read_batch, ids)
                 yield reading.result()
                 reading = following
 
-    def _read_batch(self, ids: list[int]) -> Batch:
-        return collate([self._samples[i] for i in ids])
+    def _read_batch(self, ids: list[int]) -> dict[str, Any]:
+        batch = collate([self._samples[i] for i in ids])
+        if self._device.type == "cuda":
+            return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return batch if self._online else dict(widen(batch, self._device))  # here it costs the training no time
 
-    def _encoded(self, batches: Iterator[Batch], epoch: int, consumed: int) -> Iterator[Batch]:
+    def _encoded(self, batches: Iterator[dict[str, Any]], epoch: int, consumed: int) -> Iterator[dict[str, Any]]:
         """Batches with latents from their images; the next one is decoded while this one is trained on."""
         with ThreadPoolExecutor(1) as decoder:
-            waiting: deque[tuple[Batch, Future[Tensor]]] = deque()
+            waiting: deque[tuple[dict[str, Any], Future[Tensor]]] = deque()
             for batch in batches:
-                images, shape = batch.pop("images"), batch.pop("latent_shape")
+                images, shape = batch.pop("images"), batch["latent_shape"]
                 decoding = decoder.submit(self._online.decode, images, batch["keys"], epoch, shape)
                 epoch, consumed = self._after(epoch, consumed)
                 waiting.append((batch, decoding))
                 if len(waiting) == 2:
                     yield self._finish(*waiting.popleft())
 
-    def _finish(self, batch: Batch, decoding: "Future[Tensor]") -> Batch:
+    def _finish(self, batch: dict[str, Any], decoding: "Future[Tensor]") -> dict[str, Any]:
         return batch | {"latents": self._online.encode(decoding.result())}
 
 
@@ -260,7 +266,7 @@ class _Samples(Dataset):
         return sample
 
     def _read(self, sample_id: int) -> dict[str, Any]:
-        return as_tensors(self._shards[sample_id], self._shards.latent_shape(sample_id))
+        return self._shards[sample_id] | {"latent_shape": self._shards.latent_shape(sample_id)}
 
 
 def read_all(root: str | Path, split: str, *, cache_dir: str | Path | None = None) -> dict[str, Any]:
@@ -275,37 +281,57 @@ def read_all(root: str | Path, split: str, *, cache_dir: str | Path | None = Non
         names = ", ".join(bucket.name for bucket in description.buckets(split))
         raise ValueError(f"read_all gives one tensor of latents; split {split!r} of {root} has the buckets {names}.")
     shards = ShardSet(description, split, cache_dir=cache_dir)
-    samples = [as_tensors(shards[i], shards.latent_shape(i)) for i in range(shards.size)]
-    batch: dict[str, Any] = dict(collate(samples))
+    samples = [shards[i] for i in range(shards.size)]
+    batch: dict[str, Any] = dict(widen(collate(samples), torch.device("cpu")))
     if samples and "image" in samples[0]:
         batch["images"] = [sample["image"] for sample in samples]
     return batch
 
 
-def as_tensors(row: dict[str, Any], latent_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """A row of a shard with float32 tensors; done once for sets that are kept in memory."""
-    row["prompt_embeds"] = from_bfloat16_bits(row["prompt_embeds"]).float()
-    if "latents" in row:
-        row["latents"] = torch.from_numpy(row["latents"].astype(np.float32))
-    else:
-        row["latent_shape"] = latent_shape
-    return row
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows of one bucket -> a batch in the 16 bits of the shards; `widen` makes a Batch of it.
 
-
-def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
-    """Rows of one bucket; "images" and "latent_shape" are in the batch where latents have still to be made of them."""
-    embeds_BLD, mask_BL = pad_prompts([sample["prompt_embeds"] for sample in samples])
-    batch = Batch(
-        latents=torch.empty(0),
-        prompt_embeds=embeds_BLD,
-        prompt_mask=mask_BL,
-        prompts=[sample["prompt"] for sample in samples],
-        keys=[sample["key"] for sample in samples],
-    )
+    "images" and "latent_shape" are in it where latents have still to be made, "latent_shape" alone in sets of prompts.
+    """
+    embeds = [sample["prompt_embeds"] for sample in samples]
+    lengths = [len(embed_LD) for embed_LD in embeds]
+    embeds_BLD = _empty((len(samples), max(lengths), embeds[0].shape[1]), torch.int16)
+    for row_LD, embed_LD in zip(embeds_BLD.numpy(), embeds, strict=True):
+        row_LD[: len(embed_LD)] = embed_LD.view(np.int16)
+        row_LD[len(embed_LD) :] = 0
+    batch = {
+        "prompt_embeds": embeds_BLD.view(torch.bfloat16),
+        "prompt_mask": torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1),
+        "prompts": [sample["prompt"] for sample in samples],
+        "keys": [sample["key"] for sample in samples],
+    }
     if "latents" in samples[0]:
-        batch["latents"] = torch.stack([sample["latents"] for sample in samples])
-    elif "image" in samples[0]:
-        batch |= {"images": [sample["image"] for sample in samples], "latent_shape": samples[0]["latent_shape"]}
+        batch["latents"] = _empty((len(samples), *samples[0]["latents"].shape), torch.float16)
+        np.stack([sample["latents"] for sample in samples], out=batch["latents"].numpy())
     else:
-        batch["latents"] = torch.zeros(len(samples), *samples[0]["latent_shape"])
+        batch["latent_shape"] = samples[0]["latent_shape"]
+        if "image" in samples[0]:
+            batch["images"] = [sample["image"] for sample in samples]
     return batch
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """In a worker in memory that the training process sees too: the batch is written once, not written and copied."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # as torch's own collate does
+    return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))
+
+
+def widen(batch: Mapping[str, Any], device: torch.device) -> Batch:
+    """The batch on the device, in float32: 16 bits travel, also to a GPU (without waiting where they are pinned)."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items() if isinstance(value, Tensor)}
+    if "latents" not in moved:
+        moved["latents"] = torch.zeros(len(batch["keys"]), *batch["latent_shape"], device=device)
+    return Batch(
+        latents=moved["latents"].float(),
+        prompt_embeds=moved["prompt_embeds"].float(),
+        prompt_mask=moved["prompt_mask"],
+        prompts=batch["prompts"],
+        keys=batch["keys"],
+    )

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.description import load_description
-from data_pipeline.prompts import load_prompt_encoder
+from data_pipeline.empty_prompt import read_empty_prompt
 from data_pipeline.stream import LatentStream
 from piflow_dist.checkpoint.files import CheckpointError, newest_complete
 from piflow_dist.checkpoint.reader import load_checkpoint
@@ -96,7 +96,6 @@ class Run:
 
 def build_run(config: Config, topology: Topology, watchdog: Watchdog | Unwatched = UNWATCHED) -> Run:
     description = load_description(config.data.root)
-    encoder = load_prompt_encoder(description.prompt_encoder)
     parallel, dtype = config.parallel, config.train.dtype
     initial = None
     if config.distils:
@@ -134,7 +133,7 @@ def build_run(config: Config, topology: Topology, watchdog: Watchdog | Unwatched
         teacher=teacher,
         ema=Ema(model.masters, config.ema.gamma, config.ema.start_step),
         stream=stream,
-        empty_LD=encoder.encode([""])[0].to(topology.device),
+        empty_LD=read_empty_prompt(description).to(topology.device),
         state=TrainState(),
         teacher_fingerprint=open_teacher(config).fingerprint() if config.distils else None,
         watchdog=watchdog,

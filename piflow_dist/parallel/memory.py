@@ -40,9 +40,15 @@ def data_shape(config: Config, latent: tuple[int, int] | None, text_length: int 
     if not (Path(config.data.root) / FILE_NAME).is_file():
         return Shape(latent or default.latent, text_length or default.text_length)
     description = load_description(config.data.root)
-    if text_length is None and description.prompts and description.prompt_encoder.get("kind") == "token_table":
-        encoder = load_prompt_encoder(description.prompt_encoder)
-        text_length = max(len(tokens) for tokens in encoder.encode(list(description.prompts)))
+    if text_length is None:
+        match description.prompt_encoder.get("kind"):
+            case "token_table" if description.prompts:
+                encoder = load_prompt_encoder(description.prompt_encoder)
+                text_length = max(len(tokens) for tokens in encoder.encode(list(description.prompts)))
+            case "class_labels":
+                text_length = 1
+            case "t5_clip":
+                text_length = 1 + description.prompt_encoder["max_tokens"]
     return Shape(latent or description.latent_shape[1:], text_length or default.text_length)
 
 

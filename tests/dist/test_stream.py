@@ -69,7 +69,7 @@ def test_ranks_share_the_order_of_one_process(tmp_path: Path, world_size: int) -
 
 
 NURSERY = """
-import json, os, sys
+import json, os, sys, traceback
 from pathlib import Path
 import torch
 from data_pipeline.stream import LatentStream
@@ -107,6 +107,8 @@ for line in sys.stdin:
         if children[-1] == 0:
             try:
                 train(saved, rank, ranks, tp, workers, last, log)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)

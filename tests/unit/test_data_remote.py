@@ -132,6 +132,23 @@ def test_a_bounded_cache_cleans_itself_and_gives_the_same_samples(bucket: Path, 
     assert not list(other.iterdir())
 
 
+def test_a_shard_that_makes_room_while_it_is_checked_comes_again(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = keys(open_stream("s3://bucket/set", cache_dir=tmp_path / "cache"), EPOCH)
+    read, gone = Path.read_bytes, []
+
+    def read_late(path: Path) -> bytes:
+        if path.suffix == ".mds" and path not in gone:
+            gone.append(path)
+            path.unlink()  # by another process, a moment before
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_late)
+    assert keys(open_stream("s3://bucket/set", cache_dir=tmp_path / "cache"), EPOCH) == want
+    assert len(gone) >= 6
+
+
 def test_a_cache_that_is_too_small_is_refused(bucket: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"may hold .* GiB, fewer than 4 shards of .*Set a larger cache_gb"):
         open_stream("s3://bucket/set", cache_dir=tmp_path / "cache", cache_bytes=SHARD_BYTES)

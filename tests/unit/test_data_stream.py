@@ -7,15 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from itertools import islice
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data_sets import PROMPTS, write_set
 
+from data_pipeline import stream as stream_module
+from data_pipeline.description import load_description
 from data_pipeline.errors import DataError
+from data_pipeline.inspection import rows
 from data_pipeline.prompts import TokenTableEncoder, vocabulary
 from data_pipeline.stream import LatentStream, read_all
 
@@ -132,6 +137,88 @@ def test_workers_read_what_the_process_itself_reads(root: Path) -> None:
         assert one["keys"] == two["keys"]
         assert torch.equal(one["latents"], two["latents"])
     helped.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_16_bits_become_the_same_float32(root: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against numpy's conversions of the rows; from workers in shared memory, in the shards' own width."""
+    came = []
+    plain = stream_module.widen
+    monkeypatch.setattr(stream_module, "widen", lambda batch, device: came.append(dict(batch)) or plain(batch, device))
+    description = load_description(root)
+    stored = {row["key"]: row for row in rows(description, "train", description.buckets("train")[0])}
+    stream = open_stream(root, num_workers=workers)
+    batches = [stream.next() for _ in range(15)]
+    stream.close()
+    for batch in batches:
+        lengths = []
+        for i, key in enumerate(batch["keys"]):
+            bits_LD = stored[key]["prompt_embeds"]
+            lengths.append(len(bits_LD))
+            want_LD = (bits_LD.astype(np.uint32) << 16).view(np.float32)
+            assert np.array_equal(batch["prompt_embeds"][i, : len(bits_LD)].numpy(), want_LD)
+            assert not batch["prompt_embeds"][i, len(bits_LD) :].any()
+            assert np.array_equal(batch["latents"][i].numpy(), stored[key]["latents"].astype(np.float32))
+        assert batch["prompt_mask"].sum(dim=1).tolist() == lengths and batch["prompt_mask"].shape[1] == max(lengths)
+        assert batch["prompt_embeds"].dtype == batch["latents"].dtype == torch.float32
+    narrow = [batch for batch in came if batch["latents"].dtype == torch.float16]
+    assert len(narrow) >= 15  # without workers a thread reads one further
+    for batch in narrow:
+        assert batch["prompt_embeds"].dtype == torch.bfloat16
+        assert all(batch[name].is_shared() == (workers > 0) for name in ("latents", "prompt_embeds", "prompt_mask"))
+
+
+class PretendedGpu:
+    """What a stream does with tensors that are wanted on cuda:1, seen without one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.contexts, self.pinned, self.loaders, self.copies = [], [], [], []
+        self.plain_loader, self.plain_to = stream_module.DataLoader, torch.Tensor.to
+        monkeypatch.setattr(torch.cuda, "set_device", self.set_device)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self.pin(tensor))
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where, **how: self.to(tensor, *where, **how))
+        monkeypatch.setattr(stream_module, "DataLoader", self.loader)
+
+    def set_device(self, device: torch.device) -> None:
+        self.contexts.append((threading.get_ident(), device))
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        assert self.contexts[-1] == (threading.get_ident(), torch.device("cuda:1"))
+        self.pinned.append(tensor.data_ptr())
+        return tensor
+
+    def loader(self, *arguments, pin_memory: bool, **others):
+        self.loaders.append(pin_memory)
+        return self.plain_loader(*arguments, pin_memory=False, **others)
+
+    def to(self, tensor: torch.Tensor, *where, **how) -> torch.Tensor:
+        if where != (torch.device("cuda:1"),):
+            return self.plain_to(tensor, *where, **how)
+        self.copies.append((tensor.data_ptr(), tensor.dtype, how))
+        return tensor
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_copies_to_a_gpu_are_pinned_narrow_and_do_not_wait(
+    root: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = open_stream(root).next()
+    gpu = PretendedGpu(monkeypatch)
+    stream = open_stream(root, num_workers=workers, device="cuda:1")
+    batch = stream.next()
+    stream.close()
+    assert torch.equal(batch["latents"], want["latents"]) and batch["latents"].dtype == torch.float32
+    assert sorted(str(dtype) for _, dtype, _ in gpu.copies) == ["torch.bfloat16", "torch.bool", "torch.float16"]
+    assert all(how == {"non_blocking": True} for _, _, how in gpu.copies)
+    assert gpu.loaders == [True] * workers  # torch's loader pins what its workers send
+    if not workers:
+        assert {place for place, _, _ in gpu.copies} <= set(gpu.pinned)
+
+
+def test_batches_are_given_on_the_device(root: Path) -> None:
+    batch = open_stream(root, device="meta").next()
+    for name in ("latents", "prompt_embeds", "prompt_mask"):
+        assert batch[name].device.type == "meta"
 
 
 def test_the_stream_leaves_the_global_generator_alone(root: Path) -> None:

@@ -1,5 +1,6 @@
 """The planner: known sizes, every experiment, what does not fit and what then does; clusters as configuration."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 import pytest
 from conftest import load_tool, run_tool
 
+from data_pipeline.description import load_description
 from piflow_dist.config import CONFIG_DIR, Config, ConfigError, changed_keys, config_from, config_values, load_config
 from piflow_dist.launch.plan_report import PlannedRun
 from piflow_dist.models.qwen_image import plan_model
+from piflow_dist.parallel import memory
 from piflow_dist.parallel.dryrun import build_models, extrapolate, fake_world, rank_bytes, trace_depth, trace_step
 from piflow_dist.parallel.memory import GIB, Plan, Planner, Shape, changed, data_shape, recomputed_share
 
@@ -176,11 +179,16 @@ def test_changes_are_checked_as_a_whole() -> None:
     assert [recomputed_share(changed(config, {"parallel.recompute_every": n})) for n in (0, 1, 7)] == [0, 1, 9 / 60]
 
 
-def test_the_shape_of_images_comes_from_the_data_set(tiny_data: Path) -> None:
+def test_the_shape_of_images_comes_from_the_data_set(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(["experiment=qwen_gmm", f"data.root={tiny_data}"])
     assert data_shape(config, None, None) == Shape((4, 4), 6)  # "a very large green ring" and the start token
     assert data_shape(config, (8, 16), 99) == Shape((8, 16), 99)
     assert data_shape(load_config(["experiment=qwen_gmm", "data.root=nowhere"]), None, None) == Shape((128, 128), 512)
+    description = load_description(tiny_data)
+    for encoder, length in (({"kind": "class_labels"}, 1), ({"kind": "t5_clip", "max_tokens": 256}, 257)):
+        other = dataclasses.replace(description, prompt_encoder=encoder)
+        monkeypatch.setattr(memory, "load_description", lambda root, other=other: other)
+        assert data_shape(config, None, None) == Shape((4, 4), length)
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
