@@ -82,7 +82,8 @@ class ModelConfig:
                 "positions, a quarter of the width for each sine and cosine. Set model.axes_dims_rope=[] and a multiple of 4.",
             )
             require(
-                not self.guidance_embeds, "model.guidance_embeds=true: model.architecture=dit has no such input. Set it to false."
+                not self.guidance_embeds,
+                "model.guidance_embeds=true: model.architecture=dit has no such input. Set it to false.",
             )
             return
         if self.architecture == "flux":

@@ -116,6 +116,7 @@ class DiT(Transformer):
         Rule(BLOCK + r"norm1\.linear", "column, joined"),
     )
     adaptable = ("transformer_blocks.", "emb.timestep_embedder.", "pos_embed.")
+    image_layer = "pos_embed.proj"
     leaf_modules = (Block,)
     usual = ((32, 32), 1)
     channels_last, shift_first, packed = True, True, False

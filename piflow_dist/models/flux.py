@@ -208,6 +208,7 @@ class Flux(Transformer):
         *("transformer_blocks.", "single_transformer_blocks.", "time_text_embed."),
         *("x_embedder", "context_embedder"),
     )
+    image_layer = "x_embedder"
     leaf_modules = (DoubleBlock, SingleBlock)
     depths = ("num_layers", "num_single_layers")
     usual = ((128, 128), 513)

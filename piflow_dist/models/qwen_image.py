@@ -158,6 +158,7 @@ class QwenImage(Transformer):
         Rule(BLOCK + r"(img|txt)_mod\.1", "column, joined"),
     )
     adaptable = ("transformer_blocks.", "time_text_embed.", "img_in", "txt_in")
+    image_layer = "img_in"
     leaf_modules = (Block,)
     classes = ("QwenImageTransformer2DModel", "GMQwenImageTransformer2DModel", "DXQwenImageTransformer2DModel")
     teacher_keys = (

@@ -41,6 +41,8 @@ class Transformer(nn.Module):
     """How parallel/tensor.py may split the layers."""
     adaptable: ClassVar[tuple[str, ...]]
     """What the names of layers that may have adapters begin with; norm_out and the head are trained in full instead."""
+    image_layer: ClassVar[str]
+    """The layer that makes tokens of the image: whole weights have it, an adapter's folder has not."""
     leaf_modules: ClassVar[tuple[type[nn.Module], ...]]
     """Blocks: what a sharding engine should gather as one piece."""
     depths: ClassVar[tuple[str, ...]] = ("num_layers",)

@@ -10,7 +10,7 @@ from conftest import load_tool, run_tool
 
 from piflow_dist.config import CONFIG_DIR, Config, ConfigError, changed_keys, config_from, config_values, load_config
 from piflow_dist.launch.plan_report import PlannedRun
-from piflow_dist.models.qwen_image import plan_model
+from piflow_dist.models.architecture import plan_model
 from piflow_dist.parallel.dryrun import build_models, extrapolate, fake_world, rank_bytes, trace_depth, trace_step
 from piflow_dist.parallel.memory import GIB, Plan, Planner, Shape, changed, data_shape, recomputed_share
 
