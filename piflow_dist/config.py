@@ -41,6 +41,7 @@ def require_positive(prefix: str, config: Any, *names: str) -> None:
 
 
 ARCHITECTURES = ("qwen_image", "flux", "dit")
+"""Of models/architecture.py; docs/new_model.md adds one."""
 
 
 @dataclass(kw_only=True)
@@ -74,25 +75,30 @@ class ModelConfig:
     def __post_init__(self):
         require_positive("model", self, "num_layers", "num_attention_heads", "attention_head_dim", "latent_channels")
         require_choice("model.architecture", self.architecture, ARCHITECTURES)
-        if self.architecture == "dit":
-            require_positive("model", self, "time_scale")
-            require(
-                not self.axes_dims_rope and self.width % 4 == 0,
-                f"model.axes_dims_rope={list(self.axes_dims_rope)}, width {self.width}: model.architecture=dit adds fixed "
-                "positions, a quarter of the width for each sine and cosine. Set model.axes_dims_rope=[] and a multiple of 4.",
-            )
-            require(
-                not self.guidance_embeds,
-                "model.guidance_embeds=true: model.architecture=dit has no such input. Set it to false.",
-            )
-            return
-        if self.architecture == "flux":
-            require_positive("model", self, "num_single_layers", "pooled_projection_dim")
-            require(
-                self.pooled_projection_dim <= self.joint_attention_dim,
-                f"model.pooled_projection_dim={self.pooled_projection_dim} exceeds model.joint_attention_dim="
-                f"{self.joint_attention_dim}, but the pooled prompt is a row of the prompt's embedding.",
-            )
+        match self.architecture:
+            case "qwen_image":
+                self.check_rotations()
+            case "flux":
+                self.check_rotations()
+                require_positive("model", self, "num_single_layers", "pooled_projection_dim")
+                require(
+                    self.pooled_projection_dim <= self.joint_attention_dim,
+                    f"model.pooled_projection_dim={self.pooled_projection_dim} exceeds model.joint_attention_dim="
+                    f"{self.joint_attention_dim}, but the pooled prompt is a row of the prompt's embedding.",
+                )
+            case "dit":
+                require_positive("model", self, "time_scale")
+                require(
+                    not self.axes_dims_rope and self.width % 4 == 0,
+                    f"model.axes_dims_rope={list(self.axes_dims_rope)}, width {self.width}: model.architecture=dit adds fixed "
+                    "positions, a quarter of the width for each sine and cosine. Set model.axes_dims_rope=[] and a multiple of 4.",
+                )
+                require(
+                    not self.guidance_embeds,
+                    "model.guidance_embeds=true: model.architecture=dit has no such input. Set it to false.",
+                )
+
+    def check_rotations(self) -> None:
         rope = sum(self.axes_dims_rope)
         require(
             len(self.axes_dims_rope) == 3 and rope == self.attention_head_dim,
