@@ -23,9 +23,9 @@ from piflow_dist.checkpoint.files import FORMAT, MANIFEST, STATE, file_digest, s
 from piflow_dist.checkpoint.reshard import reshard
 from piflow_dist.checkpoint.streaming import Spec, TensorFile
 from piflow_dist.config import Config, config_values, load_config
+from piflow_dist.models.architecture import plan_model, shape_tied
 from piflow_dist.models.pretrained import SINGLE, DiffusersWeights
 from piflow_dist.models.published import model_json
-from piflow_dist.models.qwen_image import plan_model, shape_tied
 
 KINDS = ("weights", "ema", "optimizer/exp_avg", "optimizer/exp_avg_sq")
 

@@ -19,8 +19,8 @@ from piflow_dist.config import Config
 from piflow_dist.distill.ema import karras_beta
 from piflow_dist.distill.objectives import Batch, base_segment, segment_boundaries, teacher_ratio
 from piflow_dist.flow.schedule import FlowSchedule
+from piflow_dist.models.architecture import initial_head
 from piflow_dist.models.heads import pack, unpack
-from piflow_dist.models.qwen_image import initial_head
 from piflow_dist.models.weights import WeightSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

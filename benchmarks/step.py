@@ -34,8 +34,8 @@ from piflow_dist.distill.objectives import build_schedule
 from piflow_dist.launch.local import run_workers
 from piflow_dist.launch.straggler import StragglerProbe
 from piflow_dist.launch.watchdog import UNWATCHED
+from piflow_dist.models.architecture import plan_model, plan_student, plan_tied
 from piflow_dist.models.heads import PATCH
-from piflow_dist.models.qwen_image import plan_model, plan_student, plan_tied
 from piflow_dist.parallel.topology import Topology, start_process_group
 from piflow_dist.parallel.zero import DTYPES, FrozenModel, TiedTeacher, TrainedModel
 

@@ -40,18 +40,31 @@ def require_positive(prefix: str, config: Any, *names: str) -> None:
         require(value > 0 and math.isfinite(value), f"{prefix}.{name}={value} must be a number greater than zero.")
 
 
+ARCHITECTURES = ("qwen_image", "flux", "dit")
+"""Of models/architecture.py; docs/new_model.md adds one."""
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Shape of Qwen-Image's MMDiT; the names are diffusers'."""
+    """Shape of a transformer; the names are diffusers'. The defaults are Qwen-Image's."""
 
+    architecture: str = "qwen_image"
+    """qwen_image, flux (double and single blocks, pooled prompt) or dit (class labels)."""
     num_layers: int = 60
+    num_single_layers: int = 0
+    """flux: blocks on text and image tokens in one stream, after the num_layers double ones."""
     num_attention_heads: int = 24
     attention_head_dim: int = 128
     latent_channels: int = 16
     """Channels of the codec's latent. The transformer sees 2 x 2 patches of it."""
     joint_attention_dim: int = 3584
-    """Width of the prompt embeddings."""
+    """Width of the prompt embeddings; of class labels, which are one-hot vectors: their number and one for none."""
+    pooled_projection_dim: int = 0
+    """flux: width of the pooled prompt, the first numbers of an embedding's first row."""
     axes_dims_rope: list[int] = field(default_factory=lambda: [16, 56, 56])
+    """Channels of a head that turn with the frame, the row and the column; [] for dit, whose tokens know their place."""
+    time_scale: float = 1000.0
+    """dit: the network reads the noise level times this. 1 for SiT and REPA, 1000 for others."""
     guidance_embeds: bool = False
     """The guidance scale is an input of the network: a guidance-distilled teacher (as FLUX.1-dev is), and its student."""
 
@@ -61,6 +74,31 @@ class ModelConfig:
 
     def __post_init__(self):
         require_positive("model", self, "num_layers", "num_attention_heads", "attention_head_dim", "latent_channels")
+        require_choice("model.architecture", self.architecture, ARCHITECTURES)
+        match self.architecture:
+            case "qwen_image":
+                self.check_rotations()
+            case "flux":
+                self.check_rotations()
+                require_positive("model", self, "num_single_layers", "pooled_projection_dim")
+                require(
+                    self.pooled_projection_dim <= self.joint_attention_dim,
+                    f"model.pooled_projection_dim={self.pooled_projection_dim} exceeds model.joint_attention_dim="
+                    f"{self.joint_attention_dim}, but the pooled prompt is a row of the prompt's embedding.",
+                )
+            case "dit":
+                require_positive("model", self, "time_scale")
+                require(
+                    not self.axes_dims_rope and self.width % 4 == 0,
+                    f"model.axes_dims_rope={list(self.axes_dims_rope)}, width {self.width}: model.architecture=dit adds fixed "
+                    "positions, a quarter of the width for each sine and cosine. Set model.axes_dims_rope=[] and a multiple of 4.",
+                )
+                require(
+                    not self.guidance_embeds,
+                    "model.guidance_embeds=true: model.architecture=dit has no such input. Set it to false.",
+                )
+
+    def check_rotations(self) -> None:
         rope = sum(self.axes_dims_rope)
         require(
             len(self.axes_dims_rope) == 3 and rope == self.attention_head_dim,

@@ -42,9 +42,9 @@ from piflow_dist.launch.console import StepProgress, start_logging
 from piflow_dist.launch.exits import FINISHED, STOPPED
 from piflow_dist.launch.straggler import StragglerProbe
 from piflow_dist.launch.watchdog import UNWATCHED, Unwatched, Watchdog, start_watchdog
+from piflow_dist.models.architecture import build_teacher, plan_model
 from piflow_dist.models.initial import open_initial
 from piflow_dist.models.pretrained import open_teacher, plan_training
-from piflow_dist.models.qwen_image import build_teacher, plan_model
 from piflow_dist.parallel.topology import Topology, start_process_group
 from piflow_dist.parallel.zero import FrozenModel, StepResult, TiedTeacher, TrainedModel
 from piflow_dist.tracking.tracker import Tracker, read_run_id

@@ -20,9 +20,9 @@ from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
 from piflow_dist.checkpoint.streaming import Spec, TensorFile, byte_size, new_folder
 from piflow_dist.config import Config, ConfigError, config_values, require, require_choice
 from piflow_dist.models.adapters import RECIPE, weights_likeness
+from piflow_dist.models.architecture import architecture, plan_model
 from piflow_dist.models.pretrained import INDEX, SINGLE, open_teacher
 from piflow_dist.models.published import POLICY, model_json, policy_json
-from piflow_dist.models.qwen_image import plan_model
 from piflow_dist.models.weights import WeightSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -133,11 +133,14 @@ def adapter_entries(run: Config, trained: CheckpointWeights) -> list[Entry]:
         # Published adapters are read with alpha = rank, so that B carries the factor of another alpha.
         return lambda: trained.view(name) * scale if name.endswith(".lora_B.weight") else trained.view(name)
 
-    return [Entry(published_name(name), shape, reader(name)) for name, shape in trained.shapes().items()]
+    return [published(run, name, shape, reader(name)) for name, shape in trained.shapes().items()]
 
 
-def published_name(name: str) -> str:
-    return name.removeprefix("head.")
+def published(run: Config, name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Entry:
+    """A tensor of ours as its architecture's published layout has it."""
+    kind = architecture(run.model)
+    written = tuple(kind.to_published(name, torch.empty(shape, device="meta"), run.model).shape)
+    return Entry(kind.published_name(name), written, lambda: kind.to_published(name, read(), run.model))
 
 
 def merged_entries(run: Config, trained: CheckpointWeights, base: WeightSource | None) -> list[Entry]:
@@ -160,10 +163,7 @@ def merged_entries(run: Config, trained: CheckpointWeights, base: WeightSource |
     lost = [n for n, _ in model.named_parameters() if n not in shapes and n not in below and n not in model.unread]
     if lost:
         raise CheckpointError(f"{trained.origin} has no {', '.join(lost[:8])}.")
-    return [
-        Entry(published_name(name), tuple(p.shape), reader(name, tuple(p.shape)))
-        for name, p in model.named_parameters()
-    ]
+    return [published(run, name, tuple(p.shape), reader(name, tuple(p.shape))) for name, p in model.named_parameters()]
 
 
 def write_files(
@@ -219,7 +219,7 @@ def recipe(
     if run.mode == "tied":
         content["lora"] = values["lora"]
     if base is not None:
-        content["base"] = weights_likeness(base, run.model.num_layers)
+        content["base"] = weights_likeness(base, run.model)
     return content
 
 

@@ -33,6 +33,7 @@ from piflow_dist.checkpoint.reader import OPTIMIZER, Layout, ShardReader
 from piflow_dist.checkpoint.runs import read_run_config
 from piflow_dist.checkpoint.streaming import TYPES, TensorFile, new_folder
 from piflow_dist.config import config_values, require
+from piflow_dist.models.architecture import architecture
 
 
 def reshard(
@@ -78,7 +79,8 @@ def state_for(source: Path, state: dict[str, Any], dp: int, tp: int) -> dict[str
         with warnings.catch_warnings(action="ignore"):  # Megatron's, about packages that it could use
             from piflow_dist.parallel.tensor import split_dim  # takes seconds to import
 
-        dims = {name: split_dim(name) for name in dims}
+        plan = architecture(run.model).plan
+        dims = {name: split_dim(name, plan) for name in dims}
     elif tp == 1:
         dims = dict.fromkeys(dims)
     parameters = {}

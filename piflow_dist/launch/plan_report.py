@@ -195,6 +195,7 @@ def part_of(name: str) -> str:
     top = name.partition(".")[0]
     return {
         "transformer_blocks": "transformer blocks",
+        "single_transformer_blocks": "single transformer blocks",
         "head": "head and final norm",
         "norm_out": "head and final norm",
     }.get(top, "teacher's head" if top.startswith("teacher_") else "embeddings")

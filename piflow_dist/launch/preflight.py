@@ -9,9 +9,9 @@ from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, ModelConfig, changed_keys, require
 from piflow_dist.launch.continuation import check_continuation, newest_checkpoint
 from piflow_dist.launch.local import check_devices, check_port
+from piflow_dist.models.architecture import plan_model
 from piflow_dist.models.initial import open_initial
 from piflow_dist.models.pretrained import DiffusersWeights, diffusers_folder, plan_training, read_diffusers_config
-from piflow_dist.models.qwen_image import plan_model
 from piflow_dist.models.weights import check_fits
 
 
@@ -94,7 +94,7 @@ def check_teacher(config: Config) -> None:
     )
     try:
         if folder is not None:
-            check_fits(plan_model(model), DiffusersWeights(folder))
+            check_fits(plan_model(model), DiffusersWeights(folder, model))
         plan_training(config)
     except ConfigError:
         raise

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from piflow_dist.config import (
+    ARCHITECTURES,
     Config,
     ConfigError,
     DataConfig,
@@ -24,16 +25,9 @@ from piflow_dist.config import (
     config_from,
     require,
 )
+from piflow_dist.models.architecture import architecture, named, plan_model, shape_tied
 from piflow_dist.models.pretrained import DiffusersWeights, diffusers_folder, read_diffusers_config
-from piflow_dist.models.published import (
-    DX_CLASS,
-    GM_CLASS,
-    TEACHER_CLASS,
-    read_json_file,
-    read_policy,
-    read_student_model,
-)
-from piflow_dist.models.qwen_image import plan_model, shape_tied, unread_parameters
+from piflow_dist.models.published import is_student, read_json_file, read_policy, read_student_model
 from piflow_dist.models.weights import WeightSource, misfits
 
 RECIPE = "piflow_dist.json"
@@ -73,19 +67,20 @@ def open_student(folder: Path) -> ExportedStudent:
 def read_student(folder: Path) -> ExportedStudent:
     path = folder / "config.json"
     found = read_json_file(path)
-    kind = found.get("_class_name")
+    kind, known = found.get("_class_name"), [name for one in map(named, ARCHITECTURES) for name in one.classes[1:]]
     require(
         is_student(found),
-        f"{path} describes a {kind}, which is no pi-Flow student of Qwen-Image. Known are {GM_CLASS} and {DX_CLASS}.",
+        f"{path} describes a {kind}, which is no pi-Flow student. Known are {', '.join(known)}.",
     )
-    weights = DiffusersWeights(folder)
     model = read_student_model(path, found)
+    weights = DiffusersWeights(folder, model)
     published = read_policy(path, found, weights.metadata, weights.shapes())
     recipe = read_json_file(folder / RECIPE) if (folder / RECIPE).is_file() else {}
     schedule, distill = read_recipe(folder / RECIPE, recipe)
     if published.shift is not None:
         schedule, distill = fit_to_dx(folder, schedule, distill, published.segment_size, published.shift)
-    lora = None if "img_in.weight" in weights.shapes() else read_lora(folder, weights.shapes())
+    whole = f"{architecture(model).image_layer}.weight" in weights.shapes()
+    lora = None if whole else read_lora(folder, model, weights.shapes())
     student = ExportedStudent(
         folder,
         weights,
@@ -99,12 +94,6 @@ def read_student(folder: Path) -> ExportedStudent:
     )
     check_student(student)
     return student
-
-
-def is_student(found: dict[str, Any]) -> bool:
-    """DX students are published as diffusers' class too, with unpatched outputs."""
-    kind = found.get("_class_name")
-    return kind in (GM_CLASS, DX_CLASS) or (kind == TEACHER_CLASS and found.get("patch_size") == 1)
 
 
 def student_folder(source: str) -> Path | None:
@@ -147,11 +136,12 @@ def fit_to_dx(
 ADAPTED = re.compile(r"(.+)\.lora_[AB]\.weight")
 
 
-def read_lora(folder: Path, shapes: dict[str, tuple[int, ...]]) -> LoraConfig:
+def read_lora(folder: Path, model: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> LoraConfig:
     """Rank and layers of an adapter, from its tensors. Published adapters have alpha = rank."""
     layers = sorted({match[1] for name in shapes if (match := ADAPTED.fullmatch(name))})
     require(
-        bool(layers), f"{folder} holds neither a transformer (no img_in.weight) nor an adapter (no lora_A, lora_B)."
+        bool(layers),
+        f"{folder} holds neither a transformer (no {architecture(model).image_layer}.weight) nor an adapter (no lora_A, lora_B).",
     )
     ranks: dict[int, str] = {}
     for layer in layers:
@@ -218,12 +208,12 @@ def teacher_config(folder: Path, dataset: str) -> Config:
     )
 
 
-def weights_likeness(source: WeightSource, num_layers: int) -> str:
+def weights_likeness(source: WeightSource, model: ModelConfig) -> str:
     """A digest by which two copies of a transformer are known as the same, whatever their files and dtype.
 
     Of the vectors and the first row of every matrix, rounded to bfloat16: hashing 40 GB would take minutes.
     """
-    digest, unread = hashlib.sha256(), unread_parameters(num_layers)
+    digest, unread = hashlib.sha256(), architecture(model).unread_of(model)
     for name, shape in sorted(source.shapes().items()):
         if name not in unread:
             sample = source.view(name)[:] if len(shape) == 1 else source.view(name)[:1]
@@ -236,7 +226,7 @@ def check_base(student: ExportedStudent, base: WeightSource, option: str) -> Non
     """Raise ConfigError where the adapter says that it was trained on another base."""
     if student.lora is None or student.base is None:
         return
-    found = weights_likeness(base, student.model.num_layers)
+    found = weights_likeness(base, student.model)
     require(
         found == student.base,
         f"{option} ({base.origin}, likeness {found[:12]}) is not the transformer that {student.folder} was trained on "

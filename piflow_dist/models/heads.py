@@ -23,30 +23,42 @@ def pack(x_BCHW: Tensor) -> Tensor:
     return x.reshape(B, (H // PATCH) * (W // PATCH), C * PATCH * PATCH)
 
 
-def unpack(tokens_BTE: Tensor, size: tuple[int, int], groups: int) -> Tensor:
-    """(B,T,groups*C*P*P) -> (B,groups,C,H,W) for a latent of `size` = (H, W)."""
+def unpack(tokens_BTE: Tensor, size: tuple[int, int], groups: int, channels_last: bool = False) -> Tensor:
+    """(B,T,groups*C*P*P) -> (B,groups,C,H,W) for a latent of `size` = (H, W). channels_last: from (B,T,P*P*groups*C)."""
     B, (H, W) = tokens_BTE.shape[0], size
+    if channels_last:
+        x = tokens_BTE.reshape(B, H // PATCH, W // PATCH, PATCH, PATCH, groups, -1)
+        return x.permute(0, 5, 6, 1, 3, 2, 4).reshape(B, groups, -1, H, W)
     x = tokens_BTE.reshape(B, H // PATCH, W // PATCH, groups, -1, PATCH, PATCH)
     return x.permute(0, 3, 4, 1, 5, 2, 6).reshape(B, groups, -1, H, W)
+
+
+def repeat_groups(output: Tensor, groups: int, channels_last: bool) -> Tensor:
+    """Rows of a projection for one group of channels -> for `groups` of them, all alike."""
+    if not channels_last:
+        return output.repeat(groups, *[1] * (output.dim() - 1))
+    pixels = output.unflatten(0, (PATCH * PATCH, 1, -1))
+    return pixels.expand(-1, groups, *pixels.shape[2:]).flatten(0, 2)
 
 
 class VelocityHead(nn.Module):
     """The teacher's output projection: u = eps - x_0, (B,C,H,W)."""
 
-    def __init__(self, width: int, channels: int):
+    def __init__(self, width: int, channels: int, channels_last: bool = False):
         super().__init__()
+        self.channels_last = channels_last
         self.proj_out = nn.Linear(width, channels * PATCH * PATCH)
 
     def forward(self, tokens_BTD: Tensor, temb_BD: Tensor, size: tuple[int, int]) -> Tensor:
-        return unpack(self.proj_out(tokens_BTD), size, 1)[:, 0]
+        return unpack(self.proj_out(tokens_BTD), size, 1, self.channels_last)[:, 0]
 
 
 class GMHead(nn.Module):
     """Means, one log standard deviation per sample and log-weights of a GMFlow policy (DESIGN section 4, "Students")."""
 
-    def __init__(self, width: int, channels: int, config: PolicyConfig):
+    def __init__(self, width: int, channels: int, config: PolicyConfig, channels_last: bool = False):
         super().__init__()
-        self.components = config.num_components
+        self.components, self.channels_last = config.num_components, channels_last
         self.proj_out_means = nn.Linear(width, self.components * channels * PATCH * PATCH)
         self.proj_out_logweights = nn.Linear(width, self.components * PATCH * PATCH)
         self.proj_out_logstds = nn.Sequential(
@@ -56,8 +68,8 @@ class GMHead(nn.Module):
     @torch.no_grad()
     def init_from_teacher(self, head: VelocityHead, generator: torch.Generator) -> None:
         """Every component starts as the teacher's velocity, told apart by bias noise of 0.05; equal weights."""
-        self.proj_out_means.weight.copy_(head.proj_out.weight.repeat(self.components, 1))
-        bias = head.proj_out.bias.repeat(self.components)
+        self.proj_out_means.weight.copy_(repeat_groups(head.proj_out.weight, self.components, self.channels_last))
+        bias = repeat_groups(head.proj_out.bias, self.components, self.channels_last)
         self.proj_out_means.bias.copy_(bias + 0.05 * torch.randn(bias.shape, generator=generator))
         for parameter in (*self.proj_out_logweights.parameters(), self.proj_out_logstds[3].weight):
             parameter.zero_()
@@ -65,11 +77,11 @@ class GMHead(nn.Module):
 
     def forward(self, tokens_BTD: Tensor, temb_BD: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
         """Returns means (B,K,C,H,W), logstds (B,1,1,1,1) and normalised logweights (B,K,1,H,W), float32."""
-        logits_BK1HW = unpack(self.proj_out_logweights(tokens_BTD), size, self.components)
+        logits_BK1HW = unpack(self.proj_out_logweights(tokens_BTD), size, self.components, self.channels_last)
         # The published student detaches the embedding: one scalar per image must not steer the whole time embedder.
         logstds_B1 = self.proj_out_logstds(temb_BD.detach())
         return {
-            "means": unpack(self.proj_out_means(tokens_BTD), size, self.components).float(),
+            "means": unpack(self.proj_out_means(tokens_BTD), size, self.components, self.channels_last).float(),
             "logstds": logstds_B1.float()[:, :, None, None, None],
             "logweights": logits_BK1HW.float().log_softmax(dim=1),
         }
@@ -78,23 +90,24 @@ class GMHead(nn.Module):
 class DXHead(nn.Module):
     """N velocities of a DX policy, (B,N,C,H,W): x_0 at the nodes of a time grid, or polynomial coefficients."""
 
-    def __init__(self, width: int, channels: int, config: PolicyConfig):
+    def __init__(self, width: int, channels: int, config: PolicyConfig, channels_last: bool = False):
         super().__init__()
-        self.nodes = config.num_nodes
+        self.nodes, self.channels_last = config.num_nodes, channels_last
         self.proj_out = nn.Linear(width, self.nodes * channels * PATCH * PATCH)
 
     @torch.no_grad()
     def init_from_teacher(self, head: VelocityHead, generator: torch.Generator) -> None:
         """Every node starts as the teacher's velocity, so that an untrained grid policy is the teacher's Euler step."""
-        self.proj_out.weight.copy_(head.proj_out.weight.repeat(self.nodes, 1))
-        self.proj_out.bias.copy_(head.proj_out.bias.repeat(self.nodes))
+        self.proj_out.weight.copy_(repeat_groups(head.proj_out.weight, self.nodes, self.channels_last))
+        self.proj_out.bias.copy_(repeat_groups(head.proj_out.bias, self.nodes, self.channels_last))
 
     def forward(self, tokens_BTD: Tensor, temb_BD: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-        return {"out": unpack(self.proj_out(tokens_BTD), size, self.nodes).float()}
+        return {"out": unpack(self.proj_out(tokens_BTD), size, self.nodes, self.channels_last).float()}
 
 
-def build_policy_head(width: int, channels: int, config: PolicyConfig) -> GMHead | DXHead:
-    return GMHead(width, channels, config) if config.type == "gmflow" else DXHead(width, channels, config)
+def build_policy_head(width: int, channels: int, config: PolicyConfig, channels_last: bool = False) -> GMHead | DXHead:
+    head = GMHead if config.type == "gmflow" else DXHead
+    return head(width, channels, config, channels_last)
 
 
 def make_policy(

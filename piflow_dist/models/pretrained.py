@@ -10,19 +10,27 @@ from piflow_dist.checkpoint.files import STATE, read_json
 from piflow_dist.checkpoint.reader import CheckpointWeights
 from piflow_dist.checkpoint.runs import resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, ModelConfig, require
-from piflow_dist.models.qwen_image import QwenImage, plan_model, plan_student, plan_tied
-from piflow_dist.models.weights import OverlaidWeights, View, WeightSource, check_trained, fill
+from piflow_dist.models.architecture import architecture, plan_model, plan_student, plan_tied
+from piflow_dist.models.published import read_json_file, read_model, read_teacher_model
+from piflow_dist.models.transformer import Transformer
+from piflow_dist.models.weights import OverlaidWeights, View, WeightSource, check_trained, fill, shape_of
 
+CONFIG = "config.json"
 INDEX, SINGLE = "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"
 FLOATS = ("BF16", "F16", "F32", "F64")
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 
 class DiffusersWeights:
-    """A transformer in diffusers' layout: one safetensors file, or several with an index. Read where it is indexed."""
+    """A transformer in diffusers' layout: one safetensors file, or several with an index. Read where it is indexed.
 
-    def __init__(self, folder: Path):
+    model: whose names the tensors get; default: what config.json describes.
+    """
+
+    def __init__(self, folder: Path, model: ModelConfig | None = None):
         self.origin = str(folder)
+        found = read_json_file(folder / CONFIG) if model is None or (folder / CONFIG).is_file() else {}
+        model = model or read_model(folder / CONFIG, found)
         try:
             if (folder / INDEX).is_file():
                 files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
@@ -34,16 +42,17 @@ class DiffusersWeights:
         require(bool(files), f"{folder / INDEX} lists no files.")
         self.files = [folder / name for name in files]
         self.metadata: dict[str, str] = opened[0].metadata() or {}
-        self.views = {our_name(key): file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118 (no dict)
-        for name, view in self.views.items():
+        views = {plain_name(key): file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118 (no dict)
+        for name, view in views.items():
             require(
                 view.get_dtype() in FLOATS,
                 f"{folder}: {name} is stored as {view.get_dtype()}, which is no weight or a quantised one. Give weights in "
                 f"{', '.join(FLOATS)}.",
             )
+        self.views = architecture(model).from_published(views, model, found)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(view.get_shape()) for name, view in self.views.items()}
+        return {name: shape_of(view) for name, view in self.views.items()}
 
     def view(self, name: str) -> View:
         return self.views[name]
@@ -61,51 +70,14 @@ class DiffusersWeights:
         return digest.hexdigest()
 
 
-def our_name(name: str) -> str:
-    """Output projections, a teacher's and a policy's, are the head here. Adapters may have been written with peft's prefixes."""
-    name = name.removeprefix("transformer.").replace(".default.weight", ".weight")
-    return f"head.{name}" if name.startswith("proj_out") else name
-
-
-SHAPE_KEYS = (
-    *("patch_size", "in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim"),
-    *("joint_attention_dim", "axes_dims_rope"),
-)
-UNSUPPORTED = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+def plain_name(name: str) -> str:
+    """Adapters may have been written with peft's prefixes."""
+    return name.removeprefix("transformer.").replace(".default.weight", ".weight")
 
 
 def read_diffusers_config(folder: Path) -> ModelConfig:
-    """The shape of a transformer in diffusers' layout. Raises ConfigError for variants of the architecture that we have not."""
-    path = folder / "config.json"
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    require(isinstance(found, dict), f"{path} is not a JSON object.")
-    kind = found.get("_class_name")
-    if kind != "QwenImageTransformer2DModel":
-        raise ConfigError(f"{path} describes a {kind}; only a QwenImageTransformer2DModel can be a teacher here.")
-    for option in UNSUPPORTED:
-        if found.get(option):
-            raise ConfigError(
-                f"{path} has {option}=true (an editing or layered variant of Qwen-Image), which this model does not have. "
-                "Use a text-to-image checkpoint."
-            )
-    missing = [key for key in SHAPE_KEYS if key not in found]
-    require(not missing, f"{path} does not say {', '.join(missing)}. Give a config.json as diffusers writes it.")
-    if found["patch_size"] != 2 or found["in_channels"] != 4 * found["out_channels"]:
-        raise ConfigError(
-            f"{path}: only 2 x 2 patches of the latent are supported (patch_size=2, in_channels=4 out_channels)."
-        )
-    return ModelConfig(
-        num_layers=found["num_layers"],
-        num_attention_heads=found["num_attention_heads"],
-        attention_head_dim=found["attention_head_dim"],
-        latent_channels=found["out_channels"],
-        joint_attention_dim=found["joint_attention_dim"],
-        axes_dims_rope=list(found["axes_dims_rope"]),
-        guidance_embeds=bool(found.get("guidance_embeds")),
-    )
+    """The shape of a teacher. Raises ConfigError for variants of the architectures that we have not."""
+    return read_teacher_model(folder / CONFIG, read_json_file(folder / CONFIG))
 
 
 def diffusers_folder(source: str) -> Path | None:
@@ -120,11 +92,11 @@ def open_teacher(config: Config) -> DiffusersWeights | CheckpointWeights:
     """The weights of a distillation's teacher (averaged ones, of a run of ours). Raises ConfigError and CheckpointError."""
     folder = diffusers_folder(config.distill.teacher)
     if folder is not None:
-        return DiffusersWeights(folder)
+        return DiffusersWeights(folder, config.model)
     return CheckpointWeights(resolve_checkpoint(config.distill.teacher, "distill.teacher"), ema=True)
 
 
-def plan_training(config: Config, initial: WeightSource | None = None) -> tuple[QwenImage, WeightSource]:
+def plan_training(config: Config, initial: WeightSource | None = None) -> tuple[Transformer, WeightSource]:
     """The model that a distillation trains, on the meta device, and the weights it starts from: the teacher's, or `initial` over them."""
     teacher, seed = open_teacher(config), config.train.seed
     if config.mode == "tied":
@@ -137,18 +109,18 @@ def plan_training(config: Config, initial: WeightSource | None = None) -> tuple[
     return model, start
 
 
-def open_weights(place: Path, ema: bool = True) -> DiffusersWeights | CheckpointWeights:
+def open_weights(place: Path, model: ModelConfig, ema: bool = True) -> DiffusersWeights | CheckpointWeights:
     """Of a checkpoint's folder or a folder in diffusers' layout (which has one kind of weights)."""
-    return CheckpointWeights(place, ema) if diffusers_folder(str(place)) is None else DiffusersWeights(place)
+    return CheckpointWeights(place, ema) if diffusers_folder(str(place)) is None else DiffusersWeights(place, model)
 
 
-def load_model(checkpoint: Path, config: Config, ema: bool = True) -> QwenImage:
+def load_model(checkpoint: Path, config: Config, ema: bool = True) -> Transformer:
     """The model of a run's checkpoint, or of a folder in diffusers' layout, on the CPU in fp32: a teacher or a student, as config says.
 
     Raises CheckpointError for damaged files, ConfigError where a tied student's base is another than it was trained on, and
     ValueError where the weights are not those of the configured model.
     """
-    trained = open_weights(checkpoint, ema)
+    trained = open_weights(checkpoint, config.model, ema)
     if config.mode == "tied":
         check_trained_on(checkpoint, config)
         model, start = plan_tied(config.model, config.policy, config.lora, open_teacher(config), config.train.seed)

@@ -7,22 +7,18 @@ module to it, forward and gradients. The output projection is a head of `heads.p
 B batch, C latent channels, H W latent size, T image tokens, L text tokens, S = L + T, D width, N heads, E head width.
 """
 
-import math
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from piflow_dist.config import LoraConfig, ModelConfig, PolicyConfig
-from piflow_dist.models.heads import PATCH, VelocityHead, build_policy_head, pack
-from piflow_dist.models.lora import InitialAdapters, add_adapters, apply_linear, base_name
-from piflow_dist.models.weights import OverlaidWeights, RenamedWeights, TensorWeights, WeightSource, fill
-
-EPS = 1e-6
-TIME_CHANNELS = 256
+from piflow_dist.config import ConfigError, ModelConfig
+from piflow_dist.models.heads import PATCH, pack
+from piflow_dist.models.layers import EPS, TIME_CHANNELS, Mlp, embedder, modulate, rotate, sinusoids, two_layers
+from piflow_dist.models.lora import apply_linear
+from piflow_dist.models.transformer import Rule, Transformer
 
 
 class TimestepEmbedder(nn.Module):
@@ -30,8 +26,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int, guidance_embeds: bool):
         super().__init__()
-        self.timestep_embedder = embedder(width)
-        self.guidance_embedder = embedder(width) if guidance_embeds else None
+        self.timestep_embedder = embedder(TIME_CHANNELS, width)
+        self.guidance_embedder = embedder(TIME_CHANNELS, width) if guidance_embeds else None
 
     def forward(self, sigma_B: Tensor, guidance_B: Tensor | None, dtype: torch.dtype, adapted: bool = True) -> Tensor:
         if (guidance_B is None) != (self.guidance_embedder is None):
@@ -45,20 +41,9 @@ class TimestepEmbedder(nn.Module):
         return temb_BD + embed(self.guidance_embedder, guidance_B, dtype, adapted)
 
 
-def embedder(width: int) -> nn.Module:
-    module = nn.Module()
-    module.linear_1 = nn.Linear(TIME_CHANNELS, width)
-    module.linear_2 = nn.Linear(width, width)
-    return module
-
-
 def embed(module: nn.Module, value_B: Tensor, dtype: torch.dtype, adapted: bool) -> Tensor:
     # The published models round the value to the network's dtype before the sinusoids.
-    half = TIME_CHANNELS // 2
-    frequencies = torch.exp(torch.arange(half, device=value_B.device) * (-math.log(10_000) / half))
-    angles = 1000 * value_B.to(dtype).float()[:, None] * frequencies
-    waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
-    return apply_linear(module.linear_2, F.silu(apply_linear(module.linear_1, waves, adapted)), adapted)
+    return two_layers(module, sinusoids(1000 * value_B.to(dtype).float()).to(dtype), adapted)
 
 
 @lru_cache(maxsize=64)
@@ -80,12 +65,6 @@ def rotary_angles(
     ]
     angles_SE = torch.cat(angles, dim=-1)
     return torch.polar(torch.ones_like(angles_SE), angles_SE)
-
-
-def rotate(x_BSNE: Tensor, rotary_SE: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of channels, in float32: one pass as complex numbers, six times faster than cos and sin."""
-    pairs = torch.view_as_complex(x_BSNE.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary_SE[:, None]).flatten(-2).type_as(x_BSNE)
 
 
 class JointAttention(nn.Module):
@@ -127,21 +106,6 @@ class JointAttention(nn.Module):
         return apply_linear(self.to_out[0], image_out, adapted), apply_linear(self.to_add_out, text_out, adapted)
 
 
-class Mlp(nn.Module):
-    """Linear, GELU (tanh approximation), linear; the names are diffusers'."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        up = nn.Module()
-        up.proj = nn.Linear(width, 4 * width)
-        self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(4 * width, width)])
-
-    def forward(self, x: Tensor, adapted: bool) -> Tensor:
-        return apply_linear(
-            self.net[2], F.gelu(apply_linear(self.net[0].proj, x, adapted), approximate="tanh"), adapted
-        )
-
-
 class Block(nn.Module):
     """Both streams: modulated attention and MLP, each added through a gate that the noise level sets."""
 
@@ -175,37 +139,34 @@ class Block(nn.Module):
         return torch.addcmul(image_BTD, image_mod[5], image_out), torch.addcmul(text_BLD, text_mod[5], text_out)
 
 
-def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    return torch.addcmul(shift_B1D, F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=EPS), 1 + scale_B1D)
+BLOCK = r"transformer_blocks\.\d+\."
 
 
-class FinalNorm(nn.Module):
-    """Layer norm modulated by the time embedding (scale first, unlike the blocks)."""
+class QwenImage(Transformer):
+    """Transformer of config.architecture "qwen_image". Published timesteps are 1000 sigma."""
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear = nn.Linear(width, 2 * width)
-
-    def forward(self, x_BTD: Tensor, temb_BD: Tensor) -> Tensor:
-        scale_B1D, shift_B1D = self.linear(F.silu(temb_BD))[:, None].chunk(2, dim=-1)
-        return modulate(x_BTD, shift_B1D, scale_B1D)
-
-
-class QwenImage(nn.Module):
-    """forward(x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B=None, adapted=True) -> what the head returns.
-
-    sigma is the noise level in [0, 1] (diffusers' timestep / 1000); mask is boolean over the padded text, or None;
-    guidance is the scale, for models with guidance_embeds and only for these; adapted switches adapters on (models/lora.py).
-    recompute_every: blocks whose activations are computed again for the backward pass instead of kept: every n-th, 0 for none.
-    adaptable: what the names of layers that may have adapters begin with; norm_out and the head are trained in full instead.
-    leaf_modules: what a sharding engine should gather as one piece; parallel/tensor.py says how their linears may be split.
-    """
-
+    plan = (
+        # Whole attention heads. Queries, keys and values of a stream read one input: its gradient is summed once for the three.
+        Rule(BLOCK + r"attn", "shared input"),
+        Rule(BLOCK + r"attn\.(to_[qkv]|add_[qkv]_proj)", "column"),
+        Rule(BLOCK + r"attn\.(to_out\.0|to_add_out)", "row"),
+        # One weight per channel of a head, for every head: a rank's gradient is that of its own heads.
+        Rule(BLOCK + r"attn\.norm_(added_)?[qk]", "partial norm"),
+        Rule(BLOCK + r"(img|txt)_mlp\.net\.0\.proj", "column"),
+        Rule(BLOCK + r"(img|txt)_mlp\.net\.2", "row"),
+        # A third of the model. What comes out is small (six numbers per channel and image), and whole channels are wanted.
+        Rule(BLOCK + r"(img|txt)_mod\.1", "column, joined"),
+    )
     adaptable = ("transformer_blocks.", "time_text_embed.", "img_in", "txt_in")
+    image_layer = "img_in"
     leaf_modules = (Block,)
-    recompute_every = 0
+    classes = ("QwenImageTransformer2DModel", "GMQwenImageTransformer2DModel", "DXQwenImageTransformer2DModel")
+    teacher_keys = (
+        *("patch_size", "in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim"),
+        *("joint_attention_dim", "axes_dims_rope"),
+    )
 
-    def __init__(self, config: ModelConfig, head: nn.Module):
+    def __init__(self, config: ModelConfig, head: nn.Module, tied: bool = False):
         super().__init__()
         width = config.width
         self.axes = tuple(config.axes_dims_rope)
@@ -216,12 +177,7 @@ class QwenImage(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             Block(width, config.num_attention_heads, config.attention_head_dim) for _ in range(config.num_layers)
         )
-        self.norm_out = FinalNorm(width)
-        self.head = head
-        # Nothing reads the text tokens that leave the last block: these never get a gradient.
-        for name, parameter in self.named_parameters():
-            if name in self.unread:
-                parameter.requires_grad_(False)
+        self.add_output(config, head, tied)
 
     def forward(
         self,
@@ -239,128 +195,65 @@ class QwenImage(nn.Module):
         rotary_SE = rotary_angles(H // PATCH, W // PATCH, text_BLD.shape[1], self.axes, x_BCHW.device)
         mask_B11S = None if mask_BL is None else F.pad(mask_BL, (0, image_BTD.shape[1]), value=True)[:, None, None]
         for index, block in enumerate(self.transformer_blocks):
-            # Positional arguments: the hooks of DeepSpeed on whole blocks do not see others, and free weights too early.
             inputs = (image_BTD, text_BLD, mask_B11S, temb_BD, rotary_SE, adapted)
-            if torch.is_grad_enabled() and self.recompute_every and index % self.recompute_every == 0:
-                image_BTD, text_BLD = recomputed(block, *inputs)
-            else:
-                image_BTD, text_BLD = block(*inputs)
+            image_BTD, text_BLD = self.run_block(index, block, *inputs)
         norm_out, head = self.output(adapted)
         return head(norm_out(image_BTD, temb_BD), temb_BD, (H, W))
 
-    @property
-    def unread(self) -> set[str]:
-        return unread_parameters(len(self.transformer_blocks))
+    def zero_at_first(self) -> list[nn.Linear]:
+        return [layer for block in self.transformer_blocks for layer in (block.img_mod[1], block.txt_mod[1])]
 
-    def output(self, adapted: bool) -> tuple[nn.Module, nn.Module]:
-        """The final norm and head of a pass."""
-        return self.norm_out, self.head
+    @classmethod
+    def unread_of(cls, config: ModelConfig) -> set[str]:
+        return unread_parameters(config.num_layers)
 
+    @classmethod
+    def shape_json(cls, config: ModelConfig) -> dict[str, Any]:
+        shape = {
+            "in_channels": config.latent_channels * PATCH * PATCH,
+            "num_layers": config.num_layers,
+            "attention_head_dim": config.attention_head_dim,
+            "num_attention_heads": config.num_attention_heads,
+            "joint_attention_dim": config.joint_attention_dim,
+            "axes_dims_rope": list(config.axes_dims_rope),
+        }
+        return shape | {"guidance_embeds": True} if config.guidance_embeds else shape
 
-def recomputed(block: Block, image_BTD: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """The block, without its activations kept for the backward pass.
+    @classmethod
+    def teacher_json(cls, config: ModelConfig) -> dict[str, Any]:
+        return {"guidance_embeds": config.guidance_embeds, "patch_size": PATCH, "out_channels": config.latent_channels}
 
-    Reentrant: the other kind of checkpointing fails with modules that ZeRO-3 gathers as one piece. It differentiates only
-    where an input asks for it, which a frozen embedding of the image does not.
-    """
-    if not image_BTD.requires_grad:
-        image_BTD = image_BTD.detach().requires_grad_()
-    return checkpoint(block, image_BTD, *others, use_reentrant=True)
+    @classmethod
+    def read_shape(cls, found: dict[str, Any]) -> ModelConfig:
+        return ModelConfig(
+            num_layers=found["num_layers"],
+            num_attention_heads=found["num_attention_heads"],
+            attention_head_dim=found["attention_head_dim"],
+            latent_channels=found["in_channels"] // PATCH**2,
+            joint_attention_dim=found["joint_attention_dim"],
+            axes_dims_rope=list(found["axes_dims_rope"]),
+            guidance_embeds=bool(found.get("guidance_embeds")),
+        )
+
+    @classmethod
+    def check_teacher(cls, where: str, found: dict[str, Any]) -> None:
+        for option in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+            if found.get(option):
+                raise ConfigError(
+                    f"{where} has {option}=true (an editing or layered variant of Qwen-Image), which this model does not have. "
+                    "Use a text-to-image checkpoint."
+                )
+        if found["patch_size"] != PATCH or found["in_channels"] != PATCH**2 * found["out_channels"]:
+            raise ConfigError(
+                f"{where}: only 2 x 2 patches of the latent are supported (patch_size=2, in_channels=4 out_channels)."
+            )
+
+    @classmethod
+    def predicts_more(cls, found: dict[str, Any]) -> bool:
+        return found.get("patch_size") == 1
 
 
 def unread_parameters(num_layers: int) -> set[str]:
-    """Parameters that published checkpoints have and no output depends on."""
+    """Nothing reads the text tokens that leave the last block."""
     layers = ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     return {f"transformer_blocks.{num_layers - 1}.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-
-
-class TiedQwenImage(QwenImage):
-    """Teacher and student on one frozen trunk: with adapters the student, without them the teacher.
-
-    Only the adapters, the student's final norm and its head are trained; the teacher keeps its own norm and head.
-    """
-
-    def __init__(self, config: ModelConfig, head: nn.Module):
-        super().__init__(config, head)
-        self.teacher_norm_out = FinalNorm(config.width)
-        self.teacher_head = VelocityHead(config.width, config.latent_channels)
-
-    def output(self, adapted: bool) -> tuple[nn.Module, nn.Module]:
-        return (self.norm_out, self.head) if adapted else (self.teacher_norm_out, self.teacher_head)
-
-
-def build_teacher(config: ModelConfig, seed: int) -> QwenImage:
-    """A randomly initialised teacher that starts as the zero velocity field: modulations and output projection are zero."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = QwenImage(config, VelocityHead(config.width, config.latent_channels))
-    modulations = [layer for block in model.transformer_blocks for layer in (block.img_mod[1], block.txt_mod[1])]
-    with torch.no_grad():
-        for linear in (*modulations, model.norm_out.linear, model.head.proj_out):
-            linear.weight.zero_()
-            linear.bias.zero_()
-    return model
-
-
-def plan_model(config: ModelConfig, policy: PolicyConfig | None = None) -> QwenImage:
-    """A teacher, or with a policy a student, on the meta device: shapes without weights."""
-    width, channels = config.width, config.latent_channels
-    with torch.device("meta"):
-        head = VelocityHead(width, channels) if policy is None else build_policy_head(width, channels, policy)
-        return QwenImage(config, head)
-
-
-def plan_student(
-    config: ModelConfig, policy: PolicyConfig, teacher: WeightSource, seed: int
-) -> tuple[QwenImage, WeightSource]:
-    """A student on the meta device and the weights it starts from: the teacher's, and a head made from its output layer."""
-    head = initial_head(config, policy, teacher, seed)
-    return plan_model(config, policy), OverlaidWeights(head, without_head(teacher))
-
-
-def shape_tied(config: ModelConfig, policy: PolicyConfig, lora: LoraConfig) -> TiedQwenImage:
-    """Teacher and student on one trunk, on the meta device. All is frozen but the student's own."""
-    with torch.device("meta"):
-        model = TiedQwenImage(config, build_policy_head(config.width, config.latent_channels, policy))
-        add_adapters(model, lora)
-    model.norm_out.requires_grad_(True)
-    model.head.requires_grad_(True)
-    return model
-
-
-def plan_tied(
-    config: ModelConfig, policy: PolicyConfig, lora: LoraConfig, teacher: WeightSource, seed: int
-) -> tuple[TiedQwenImage, WeightSource]:
-    """shape_tied, and the weights it starts from."""
-    head, model = initial_head(config, policy, teacher, seed), shape_tied(config, policy, lora)
-    names = {name: base_name(name) for name, _ in model.named_parameters()}
-    own = {"head.": "teacher_head.", "norm_out.": "teacher_norm_out."}
-    names |= {
-        new + name.removeprefix(old): name
-        for name in teacher.shapes()
-        for old, new in own.items()
-        if name.startswith(old)
-    }
-    below = RenamedWeights(teacher, {new: name for new, name in names.items() if not new.startswith("head.")})
-    return model, OverlaidWeights(head, OverlaidWeights(InitialAdapters(model, seed), below))
-
-
-def initial_head(config: ModelConfig, policy: PolicyConfig, teacher: WeightSource, seed: int) -> TensorWeights:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = build_policy_head(config.width, config.latent_channels, policy)
-        output = VelocityHead(config.width, config.latent_channels)
-    output.load_state_dict({name: teacher.view(f"head.{name}")[:].float() for name in output.state_dict()})
-    head.init_from_teacher(output, torch.Generator().manual_seed(seed))
-    return TensorWeights({f"head.{name}": value for name, value in head.state_dict().items()}, "a fresh policy head")
-
-
-def without_head(source: WeightSource) -> WeightSource:
-    return RenamedWeights(source, {name: name for name in source.shapes() if not name.startswith("head.")})
-
-
-def build_student(teacher: QwenImage, config: ModelConfig, policy: PolicyConfig, seed: int) -> QwenImage:
-    """The untrained student of a teacher that is in memory."""
-    model, start = plan_student(config, policy, TensorWeights(teacher.state_dict(), "the teacher"), seed)
-    fill(model, start)
-    return model

@@ -1,6 +1,6 @@
 """Where a model's weights come from, read piece by piece: nobody needs to hold a whole model to load a part of it."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -75,9 +75,27 @@ class ScaledWeights:
         return ScaledView(view, self.factor) if name.endswith(self.suffix) else view
 
 
+class RowView:
+    """Rows [start, stop) of a view, each of them changed by `change`, which takes and returns any number of whole rows."""
+
+    def __init__(self, inner: View, start: int, stop: int, change: Callable[[Tensor], Tensor] = lambda rows: rows):
+        self.inner, self.start, self.stop, self.change = inner, start, stop, change
+        self.shape = (stop - start, *self[:1].shape[1:])
+
+    def __getitem__(self, index: Any) -> Tensor:
+        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+        first, last, _ = rows.indices(self.stop - self.start)
+        part = self.change(self.inner[self.start + first : self.start + last])
+        return part if columns == slice(None) else part[:, columns]
+
+
+def shape_of(view: View) -> tuple[int, ...]:
+    return tuple(view.shape if hasattr(view, "shape") else view.get_shape())
+
+
 class ScaledView:
     def __init__(self, view: View, factor: float):
-        self.inner, self.factor = view, factor
+        self.inner, self.factor, self.shape = view, factor, shape_of(view)
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.inner[index].float() * self.factor

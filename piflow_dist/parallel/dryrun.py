@@ -26,8 +26,9 @@ from piflow_dist.distill.objectives import (
     imitation_data_step,
     imitation_datafree_step,
 )
+from piflow_dist.models.architecture import architecture, plan_model, shape_tied
 from piflow_dist.models.lora import LoraLinear
-from piflow_dist.models.qwen_image import QwenImage, plan_model, shape_tied
+from piflow_dist.models.transformer import Transformer
 from piflow_dist.parallel.topology import Topology
 from piflow_dist.parallel.tracker import Messages, Peak, Record, Tracker, fused_attention
 from piflow_dist.parallel.zero import DTYPES
@@ -63,8 +64,8 @@ def fake_world(world_size: int, rank: int, tp: int) -> Iterator[Topology]:
 class Models:
     """This rank's slices, on the meta device in the run's dtype. frozen: a teacher beside the student (mode=full)."""
 
-    trained: QwenImage
-    frozen: QwenImage | None
+    trained: Transformer
+    frozen: Transformer | None
 
 
 def build_models(config: Config, topology: Topology) -> Models:
@@ -80,9 +81,9 @@ def build_models(config: Config, topology: Topology) -> Models:
         if module is not None:
             module.to(DTYPES[config.train.dtype])
             if topology.tp > 1:
-                from piflow_dist.parallel.tensor import QWEN_IMAGE_PLAN, split_layers
+                from piflow_dist.parallel.tensor import split_layers
 
-                split_layers(module, QWEN_IMAGE_PLAN, topology.mpu.get_tensor_model_parallel_group())
+                split_layers(module, topology.mpu.get_tensor_model_parallel_group())
     return Models(trained, frozen)
 
 
@@ -137,7 +138,7 @@ def rank_bytes(config: Config, models: Models, topology: Topology) -> RankBytes:
     others = [p for p in trained.values() if id(p) not in chosen]
     count, matrices_count = shards(list(trained.values())), shards(matrices)
     moments = {"adamw": 8, "muon": 8, "sgd": 4 if config.optim.momentum else 0}[config.optim.type]
-    blocks = list(models.trained.transformer_blocks)
+    blocks = models.trained.blocks()
     return RankBytes(
         weights=size * shards(everything),
         kept_whole=size * sum(p.numel() for p in everything if p.numel() <= parallel.persistence_threshold) * (dp > 1),
@@ -147,7 +148,7 @@ def rank_bytes(config: Config, models: Models, topology: Topology) -> RankBytes:
         gradients=4 * count,
         update=8 * max(largest_piece(matrices, dp), largest_piece(others, dp)),
         gathered=max(large(block) for block in blocks) * (dp > 1),
-        linears_gathered=large(models.trained.transformer_blocks) * (dp > 1),
+        linears_gathered=sum(large(block) for block in blocks) * (dp > 1),
         student_pass=large(models.trained) * (dp > 1),
         teacher_pass=large(modules[-1]) * (dp > 1) * config.distils,
         trained_slice=sum(p.numel() for p in trained.values()),
@@ -173,33 +174,46 @@ def largest_piece(parameters: list[nn.Parameter], dp: int) -> int:
 def trace_step(config: Config, topology: Topology, latent: tuple[int, int], text_length: int, step: int) -> Record:
     """One micro-batch of optimiser step `step`: what it holds, computes and sends, besides weights and their gradients.
 
-    Blocks are alike, so two shallow models are followed and the rest is drawn as a line through them.
+    Blocks of a kind are alike, so shallow models are followed, one more of them than there are kinds, and the rest is drawn as
+    lines through them.
     """
-    depth, period = config.model.num_layers, config.parallel.recompute_every or 1
-    shallow = depth % period + period
-    shallow += period * (shallow < 2)  # the last block is unlike the others: nothing reads its text tokens
-    if shallow + period >= depth or not uniform(config):
-        return trace_depth(config, depth, topology, latent, text_length, step)
-    first, second = (
-        trace_depth(config, layers, topology, latent, text_length, step) for layers in (shallow, shallow + period)
-    )
-    return extrapolate(first, second, (depth - shallow) / period)
+    depths = {name: getattr(config.model, name) for name in architecture(config.model).depths}
+    period, shallow = config.parallel.recompute_every or 1, dict(depths)
+    for name, depth in depths.items() if uniform(config) else ():
+        fewer = depth % period + period
+        fewer += period * (
+            fewer < 2
+        )  # the last block may be unlike the others: nothing reads Qwen-Image's last text tokens
+        shallow[name] = depth if fewer + period >= depth else fewer
+    first = trace_depth(config, shallow, topology, latent, text_length, step)
+    lines = []
+    for name, depth in depths.items():
+        if shallow[name] < depth:
+            deeper = shallow | {name: shallow[name] + period}
+            second = trace_depth(config, deeper, topology, latent, text_length, step)
+            lines.append((second, (depth - shallow[name]) / period))
+    return extrapolate(first, lines)
 
 
 def uniform(config: Config) -> bool:
-    """Whether all blocks have the same adapters (but the last, whose text MLP gets none)."""
+    """Whether all blocks of a kind have the same adapters (where something reads their output)."""
     if config.mode != "tied":
         return True
-    blocks = shape_tied(config.model, config.policy, config.lora).transformer_blocks
-    adapted = [{name for name, module in block.named_modules() if isinstance(module, LoraLinear)} for block in blocks]
-    read = {name for name in adapted[0] if not name.startswith("txt_mlp")}
-    return all(names == adapted[0] for names in adapted[:-1]) and adapted[-1] == read
+    model = shape_tied(config.model, config.policy, config.lora)
+    alike: dict[type[nn.Module], set[str]] = {}
+    for prefix, block in model.named_modules():
+        if isinstance(block, model.leaf_modules):
+            adapted = {name for name, module in block.named_modules() if isinstance(module, LoraLinear)}
+            first = alike.setdefault(type(block), adapted)
+            if adapted != {name for name in first if f"{prefix}.{name}.weight" not in model.unread}:
+                return False
+    return True
 
 
 def trace_depth(
-    config: Config, layers: int, topology: Topology, latent: tuple[int, int], text_length: int, step: int
+    config: Config, depths: dict[str, int], topology: Topology, latent: tuple[int, int], text_length: int, step: int
 ) -> Record:
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=layers))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **depths))
     models = build_models(config, topology)
     _, images = config.train.accumulation(topology.dp_size)
     channels, dim = config.model.latent_channels, config.model.joint_attention_dim
@@ -248,7 +262,7 @@ def drop_gradient(parameter: nn.Parameter) -> None:
 class TracedStudent:
     """What the objectives use of TrainedModel: the network on the meta device, what it returns on a smaller latent."""
 
-    def __init__(self, module: QwenImage, tracker: Tracker, latent: tuple[int, int]):
+    def __init__(self, module: Transformer, tracker: Tracker, latent: tuple[int, int]):
         self.module, self.tracker, self.latent = module, tracker, latent
 
     def __call__(self, x_BCHW: Tensor, *others: Tensor | None) -> Any:
@@ -302,19 +316,25 @@ class Shrink(torch.autograd.Function):
         return torch.empty(shape, dtype=dtype, device="meta"), None, None
 
 
-def extrapolate(first: Record, second: Record, steps: float) -> Record:
-    """The record at `steps` times the distance from first to second. Everything in it grows linearly with the depth."""
+def extrapolate(first: Record, lines: list[tuple[Record, float]]) -> Record:
+    """The record at `steps` times the distance from first to each of the others. Everything in it grows linearly with depths."""
 
-    def line(a: float, b: float) -> float:
-        return a + (b - a) * steps
+    def line(value: float, others: list[float]) -> float:
+        return value + sum((other - value) * steps for other, (_, steps) in zip(others, lines, strict=True))
 
-    out = Record(kept=line(first.kept, second.kept), calls=first.calls)
+    seconds = [second for second, _ in lines]
+    out = Record(kept=line(first.kept, [second.kept for second in seconds]), calls=first.calls)
     for phase, peak in first.peaks.items():
-        other = second.peaks[phase]
-        out.peaks[phase] = Peak(line(peak.total, other.total), line(peak.policy, other.policy))
+        others = [second.peaks[phase] for second in seconds]
+        out.peaks[phase] = Peak(
+            line(peak.total, [other.total for other in others]), line(peak.policy, [other.policy for other in others])
+        )
     for phase, flops in first.flops.items():
-        out.flops[phase] = line(flops, second.flops[phase])
+        out.flops[phase] = line(flops, [second.flops[phase] for second in seconds])
     for key, messages in first.messages.items():
-        other = second.messages[key]
-        out.messages[key] = Messages(line(messages.count, other.count), line(messages.bytes, other.bytes))
+        others = [second.messages[key] for second in seconds]
+        out.messages[key] = Messages(
+            line(messages.count, [other.count for other in others]),
+            line(messages.bytes, [other.bytes for other in others]),
+        )
     return out

@@ -12,6 +12,7 @@ from typing import Any
 from data_pipeline.description import FILE_NAME, load_description
 from data_pipeline.prompts import load_prompt_encoder
 from piflow_dist.config import CONFIG_DIR, ClusterConfig, Config, ConfigError, require
+from piflow_dist.models.architecture import architecture
 from piflow_dist.parallel.dryrun import RankBytes, build_models, fake_world, rank_bytes, trace_step
 from piflow_dist.parallel.tracker import Record
 from piflow_dist.parallel.zero import BUCKET_ELEMENTS, DTYPES
@@ -35,8 +36,8 @@ class Shape:
 
 
 def data_shape(config: Config, latent: tuple[int, int] | None, text_length: int | None) -> Shape:
-    """What is given; else what the data set says, where there is one; else 1024 x 1024 images and 512 tokens."""
-    default = Shape()
+    """What is given; else what the data set says, where there is one; else what is usual for the architecture."""
+    default = Shape(*architecture(config.model).usual)
     if not (Path(config.data.root) / FILE_NAME).is_file():
         return Shape(latent or default.latent, text_length or default.text_length)
     description = load_description(config.data.root)
@@ -253,7 +254,8 @@ def phase_needs(
 
 
 def recomputed_share(config: Config) -> float:
-    every, blocks = config.parallel.recompute_every, config.model.num_layers
+    every = config.parallel.recompute_every
+    blocks = sum(getattr(config.model, name) for name in architecture(config.model).depths)
     return -(-blocks // every) / blocks if every else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism: a plan that says which layers of Qwen-Image are split over a tensor-parallel group, and how.
+"""Tensor parallelism: a transformer's plan (models/) says which of its layers are split over a tensor-parallel group, and how.
 
 A column layer holds rows of its weight (outputs), a row layer columns (inputs); between the two nothing is communicated. What
 the plan does not name is replicated: its gradients agree on all ranks of the group because everything that reads it does.
@@ -8,8 +8,6 @@ replicated one only once. Imported where parallel.tp > 1 only: Megatron takes se
 """
 
 import re
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -25,34 +23,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 
 from piflow_dist.models.lora import LoraLinear
-
-Split = Literal["column", "column, joined", "row", "partial norm", "shared input"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Modules whose whole name matches `pattern` (a regular expression) are split in this way."""
-
-    pattern: str
-    split: Split
+from piflow_dist.models.transformer import Rule, Split, Transformer
 
 
-BLOCK = r"transformer_blocks\.\d+\."
-QWEN_IMAGE_PLAN = (
-    # Whole attention heads. Queries, keys and values of a stream read one input: its gradient is summed once for the three.
-    Rule(BLOCK + r"attn", "shared input"),
-    Rule(BLOCK + r"attn\.(to_[qkv]|add_[qkv]_proj)", "column"),
-    Rule(BLOCK + r"attn\.(to_out\.0|to_add_out)", "row"),
-    # One weight per channel of a head, for every head: a rank's gradient is that of its own heads.
-    Rule(BLOCK + r"attn\.norm_(added_)?[qk]", "partial norm"),
-    Rule(BLOCK + r"(img|txt)_mlp\.net\.0\.proj", "column"),
-    Rule(BLOCK + r"(img|txt)_mlp\.net\.2", "row"),
-    # A third of the model. What comes out is small (six numbers per channel and image), and whole channels are wanted.
-    Rule(BLOCK + r"(img|txt)_mod\.1", "column, joined"),
-)
-
-
-def split_dim(name: str, plan: tuple[Rule, ...] = QWEN_IMAGE_PLAN) -> int | None:
+def split_dim(name: str, plan: tuple[Rule, ...]) -> int | None:
     """Along which dimension the plan splits the parameter of this name; None: it is replicated."""
     layer, _, kind = name.rpartition(".")
     layer, _, adapter = layer.rpartition(".") if layer.endswith((".lora_A", ".lora_B")) else (layer, "", "")
@@ -69,13 +43,15 @@ class PlanError(ValueError):
     """The plan does not fit the model, or the group's size does not divide it."""
 
 
-def split_layers(model: nn.Module, plan: tuple[Rule, ...], group: dist.ProcessGroup) -> None:
-    """Replace the layers that the plan names by this rank's part of them, in place, weights included.
+def split_layers(model: Transformer, group: dist.ProcessGroup) -> None:
+    """Replace the layers that the model's plan names by this rank's part of them, in place, weights included.
 
     Parameter names stay as they are. Raises PlanError for a rule that matches nothing and for sizes that the group does
     not divide, before anything is replaced.
     """
-    matches = {rule: [name for name, _ in model.named_modules() if re.fullmatch(rule.pattern, name)] for rule in plan}
+    matches = {
+        rule: [name for name, _ in model.named_modules() if re.fullmatch(rule.pattern, name)] for rule in model.plan
+    }
     for rule, names in matches.items():
         if not names:
             raise PlanError(f"The tensor-parallel plan's rule {rule.pattern!r} matches no layer of this model.")
@@ -248,14 +224,17 @@ class PartialLinear(nn.Module):
 
 
 class SharedInput:
-    """Forward pre-hook: the gradients of the first two inputs (image and text tokens) are summed over the group."""
+    """Forward pre-hook: the gradients of the tokens that come in (real numbers, unlike masks and rotations) are summed over the group."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
 
     def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
-        image_BTD, text_BLD, *others = inputs
-        return (*(copy_to_tensor_model_parallel_region(x, self.group) for x in (image_BTD, text_BLD)), *others)
+        return tuple(copy_to_tensor_model_parallel_region(x, self.group) if is_real(x) else x for x in inputs)
+
+
+def is_real(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class Join(torch.autograd.Function):

@@ -151,7 +151,7 @@ def fused_attention(tracker: Tracker) -> Iterator[None]:
 
 
 class _Attention(torch.autograd.Function):
-    """(B,N,S,E) queries, keys and values -> (B,N,S,E), laid out (B,S,N,E) as the kernels return it."""
+    """Queries (B,N,S,E), keys and values (B,N,R,E) -> (B,N,S,E), laid out (B,S,N,E) as the kernels return it."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, tracker: Tracker) -> Tensor:  # noqa: ANN001 (torch's context)
@@ -160,16 +160,16 @@ class _Attention(torch.autograd.Function):
         logsumexp = q.new_empty(B, N, S, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, logsumexp)
         ctx.tracker = tracker
-        tracker.count_flops(4 * B * N * S * S * E)
+        tracker.count_flops(4 * B * N * S * k.shape[2] * E)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
-        q = ctx.saved_tensors[0]
-        B, N, S, E = q.shape
+        q, k = ctx.saved_tensors[:2]
+        (B, N, S, E), R = q.shape, k.shape[2]
         # Five products where the forward pass has two; the gradient of the queries adds up in float32.
-        ctx.tracker.count_flops(10 * B * N * S * S * E)
+        ctx.tracker.count_flops(10 * B * N * S * R * E)
         sums = q.new_empty(B, S, N, E, dtype=torch.float32)
-        gradients = tuple(q.new_empty(B, S, N, E).transpose(1, 2) for _ in range(3))
+        gradients = tuple(q.new_empty(B, length, N, E).transpose(1, 2) for length in (S, R, R))
         del sums
         return (*gradients, None)

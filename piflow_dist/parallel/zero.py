@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from piflow_dist.config import OptimConfig, ParallelConfig
+from piflow_dist.models.transformer import Transformer
 from piflow_dist.models.weights import WeightSource, check_fits
 from piflow_dist.parallel.loading import load_sharded
 from piflow_dist.parallel.topology import Topology, partition_dim
@@ -93,7 +94,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     return deepspeed
 
 
-def shard(module: nn.Module, source: WeightSource | None, topology: Topology, config: dict, dtype: str) -> nn.Module:
+def shard(module: Transformer, source: WeightSource | None, topology: Topology, config: dict, dtype: str) -> nn.Module:
     """This rank's part of a model: split over the tensor-parallel group and, where it comes from a source, loaded.
 
     source: weights for a module on the meta device; None for one that has its weights, all of them.
@@ -101,9 +102,9 @@ def shard(module: nn.Module, source: WeightSource | None, topology: Topology, co
     if source is not None:
         check_fits(module, source)
     if topology.tp > 1:
-        from piflow_dist.parallel.tensor import QWEN_IMAGE_PLAN, split_layers
+        from piflow_dist.parallel.tensor import split_layers
 
-        split_layers(module, QWEN_IMAGE_PLAN, topology.mpu.get_tensor_model_parallel_group())
+        split_layers(module, topology.mpu.get_tensor_model_parallel_group())
     if source is None:
         return module.to(topology.device)
     load_sharded(module, source, topology, DTYPES[dtype], config)
@@ -117,7 +118,7 @@ class FrozenModel:
     """A model without optimiser whose weights are sharded over the data-parallel ranks."""
 
     def __init__(
-        self, module: nn.Module, source: WeightSource, topology: Topology, parallel: ParallelConfig, dtype: str
+        self, module: Transformer, source: WeightSource, topology: Topology, parallel: ParallelConfig, dtype: str
     ):
         deepspeed = import_deepspeed(topology.device)
         module.requires_grad_(False).eval()
@@ -148,7 +149,7 @@ class TrainedModel:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Transformer,
         source: WeightSource | None,
         topology: Topology,
         optim: OptimConfig,

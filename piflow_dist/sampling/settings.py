@@ -128,7 +128,7 @@ class SampleRequest:
         exported = diffusers_folder(str(self.checkpoint)) is not None
         manifest = self.checkpoint / MANIFEST
         weights = (
-            DiffusersWeights(self.checkpoint).fingerprint()
+            DiffusersWeights(self.checkpoint, self.run.model).fingerprint()
             if exported
             else hashlib.sha256(manifest.read_bytes()).hexdigest()
         )

@@ -69,7 +69,7 @@ def measure(config: Config, topology: Any) -> dict[str, int]:
 
     from piflow_dist.distill.ema import Ema
     from piflow_dist.models.pretrained import open_teacher, plan_training
-    from piflow_dist.models.qwen_image import plan_model
+    from piflow_dist.models.architecture import plan_model
     from piflow_dist.parallel.zero import FrozenModel, TiedTeacher, TrainedModel
 
     model = TrainedModel(*plan_training(config), topology, config.optim, config.parallel, config.train.dtype)
@@ -126,7 +126,7 @@ def size(tensors: list[torch.Tensor]) -> int:
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in diffusers' layout."""
     from piflow_dist.models.pretrained import INDEX
-    from piflow_dist.models.qwen_image import plan_model
+    from piflow_dist.models.architecture import plan_model
 
     folder = tmp_path_factory.mktemp("base") / "transformer"
     folder.mkdir()

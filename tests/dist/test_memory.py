@@ -49,7 +49,7 @@ def anonymous_bytes() -> int:
 
 def load_teacher(config: Config, topology) -> torch.nn.Module:
     from piflow_dist.models.pretrained import open_teacher
-    from piflow_dist.models.qwen_image import plan_model
+    from piflow_dist.models.architecture import plan_model
     from piflow_dist.parallel.zero import FrozenModel
 
     return FrozenModel(plan_model(config.model), open_teacher(config), topology, config.parallel, config.train.dtype)
@@ -99,7 +99,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import json
 
     from piflow_dist.models.pretrained import INDEX
-    from piflow_dist.models.qwen_image import plan_model
+    from piflow_dist.models.architecture import plan_model
 
     folder = tmp_path_factory.mktemp("base") / "transformer"
     folder.mkdir()

@@ -126,7 +126,7 @@ def test_arithmetic_is_what_torch_counts(mode: str, policy: str) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from piflow_dist.models.qwen_image import plan_model, plan_tied
+    from piflow_dist.models.architecture import plan_model, plan_tied
     from piflow_dist.models.weights import TensorWeights, fill
 
     options = ("model.attention_head_dim=64", "model.axes_dims_rope=[16,24,24]", "lora.rank=8", f"mode={mode}", f"policy.type={policy}")

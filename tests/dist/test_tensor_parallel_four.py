@@ -64,7 +64,7 @@ def compare_gradients(rank: int, data: Path, teacher: Path, out: Path) -> None:
     from piflow_dist.models.pretrained import plan_training
     from piflow_dist.models.weights import fill
     from piflow_dist.parallel.groups import ParallelUnit
-    from piflow_dist.parallel.tensor import QWEN_IMAGE_PLAN, split_layers
+    from piflow_dist.parallel.tensor import split_layers
     from piflow_dist.parallel.topology import partition_dim
 
     config = make_config((*MIXED, *TIED, *MODEL, EVERY_LINEAR), data, teacher, out / "unused")
@@ -76,7 +76,7 @@ def compare_gradients(rank: int, data: Path, teacher: Path, out: Path) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     whole.requires_grad_(True)
     split = copy.deepcopy(whole)
-    split_layers(split, QWEN_IMAGE_PLAN, ParallelUnit().get_tensor_model_parallel_group())
+    split_layers(split, ParallelUnit().get_tensor_model_parallel_group())
 
     x_BCHW, text_BLD = torch.randn(2, 16, 4, 6, generator=generator), torch.randn(2, 3, 64, generator=generator)
     sigma_B, mask_BL = torch.tensor([0.9, 0.3]), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
@@ -110,8 +110,8 @@ def compare_gradients(rank: int, data: Path, teacher: Path, out: Path) -> None:
 def cut_for_eight() -> None:
     """The eight ranks' slices of every parameter, put together, are the parameter; most of the model is split."""
     from piflow_dist.models.lora import add_adapters
-    from piflow_dist.models.qwen_image import build_teacher
-    from piflow_dist.parallel.tensor import QWEN_IMAGE_PLAN, split_layers
+    from piflow_dist.models.architecture import build_teacher
+    from piflow_dist.parallel.tensor import split_layers
     from piflow_dist.parallel.topology import partition_dim
 
     eight = ("model.num_attention_heads=8", "model.attention_head_dim=6", "model.axes_dims_rope=[2,2,2]")
@@ -123,7 +123,7 @@ def cut_for_eight() -> None:
     ranks = []
     for tp_rank in range(8):
         split = copy.deepcopy(whole)
-        split_layers(split, QWEN_IMAGE_PLAN, Place(8, tp_rank))
+        split_layers(split, Place(8, tp_rank))
         ranks.append(dict(split.named_parameters()))
     for name, want in whole.named_parameters():
         dim = partition_dim(ranks[0][name])

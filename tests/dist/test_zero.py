@@ -193,7 +193,7 @@ def train_without_engine(config: Config) -> Course:
     from piflow_dist import train
 
     from piflow_dist.models.pretrained import open_teacher, plan_training
-    from piflow_dist.models.qwen_image import build_teacher, plan_model
+    from piflow_dist.models.architecture import build_teacher, plan_model
     from piflow_dist.models.weights import fill
 
     if config.distils:
@@ -307,7 +307,7 @@ def test_the_engine_trains_like_plain_torch(outcomes: dict[int, list[Outcome]], 
 
 def test_weights_have_moved_and_shards_are_shards(outcomes: dict[int, list[Outcome]]) -> None:
     """The comparisons above would also hold for a training that does nothing, or that shards nothing."""
-    from piflow_dist.models.qwen_image import build_teacher
+    from piflow_dist.models.architecture import build_teacher
 
     config = load_config([*COMMON, *TEACHING, "data.root=x", "run_dir=x"])
     fresh = dict(build_teacher(config.model, config.train.seed).named_parameters())

@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 from piflow_dist.config import ConfigError, GuidanceConfig, ModelConfig, PolicyConfig, load_config
 from piflow_dist.distill.objectives import Batch, TeacherVelocity
-from piflow_dist.models.qwen_image import QwenImage, TimestepEmbedder, build_student, build_teacher
+from piflow_dist.models.architecture import build_student, build_teacher
+from piflow_dist.models.qwen_image import QwenImage, TimestepEmbedder
 
 B, L, D = 3, 5, 24
 MODEL = ModelConfig(

@@ -56,7 +56,7 @@ def test_the_published_recipe(name: str) -> None:
 @pytest.mark.parametrize("group", ["model", "policy", "optim"])
 def test_every_group_file_loads(group: str) -> None:
     for path in sorted((CONFIG_DIR / group).glob("*.yaml")):
-        assert isinstance(load_config([*TEACHER, f"{group}={path.stem}"]), Config)
+        assert isinstance(load_config([*STUDENT, f"{group}={path.stem}"]), Config)
 
 
 def test_there_are_experiments() -> None:

@@ -8,8 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from piflow_dist.config import ModelConfig, PolicyConfig
+from piflow_dist.models.architecture import build_student, build_teacher
 from piflow_dist.models.heads import make_policy, pack, unpack
-from piflow_dist.models.qwen_image import QwenImage, build_student, build_teacher
+from piflow_dist.models.qwen_image import QwenImage
 
 B, C, H, W, L, D = 3, 16, 6, 4, 5, 24
 MODEL = ModelConfig(

@@ -10,9 +10,10 @@ from conftest import TINY, write_diffusers_teacher
 from torch.testing import assert_close
 
 from piflow_dist.config import Config, ConfigError, LoraConfig, load_config
+from piflow_dist.models.architecture import plan_model
 from piflow_dist.models.lora import LoraLinear, add_adapters
 from piflow_dist.models.pretrained import plan_training
-from piflow_dist.models.qwen_image import TiedQwenImage, plan_model
+from piflow_dist.models.qwen_image import QwenImage
 from piflow_dist.models.weights import fill
 
 B, L = 3, 5
@@ -23,7 +24,7 @@ def tied_config(teacher: Path, *overrides: str) -> Config:
     return load_config([*TINY, *options, f"distill.teacher={teacher}", *overrides])
 
 
-def tied_model(config: Config) -> TiedQwenImage:
+def tied_model(config: Config) -> QwenImage:
     model, start = plan_training(config)
     fill(model, start)
     return model

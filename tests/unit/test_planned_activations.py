@@ -14,7 +14,8 @@ from piflow_dist.distill.objectives import (
     imitation_data_step,
     imitation_datafree_step,
 )
-from piflow_dist.models.qwen_image import QwenImage, plan_model, shape_tied
+from piflow_dist.models.architecture import plan_model, shape_tied
+from piflow_dist.models.qwen_image import QwenImage
 from piflow_dist.parallel.dryrun import drop_gradient, fake_world, trace_step
 
 LATENT, TEXT_LENGTH, IMAGES = (32, 32), 24, 2

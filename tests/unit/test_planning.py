@@ -12,7 +12,7 @@ from conftest import load_tool, run_tool
 from data_pipeline.description import load_description
 from piflow_dist.config import CONFIG_DIR, Config, ConfigError, changed_keys, config_from, config_values, load_config
 from piflow_dist.launch.plan_report import PlannedRun
-from piflow_dist.models.qwen_image import plan_model
+from piflow_dist.models.architecture import plan_model
 from piflow_dist.parallel import memory
 from piflow_dist.parallel.dryrun import build_models, extrapolate, fake_world, rank_bytes, trace_depth, trace_step
 from piflow_dist.parallel.memory import GIB, Plan, Planner, Shape, changed, data_shape, recomputed_share
@@ -115,22 +115,25 @@ def test_optimizers_of_a_full_student(options: tuple[str, ...]) -> None:
 
 
 def test_shallow_models_stand_for_a_deep_one() -> None:
-    """Bytes, operations and messages of 60 blocks are a line through those of a few, exactly."""
-    for options in (
-        ("parallel.recompute_every=0",),
-        ("parallel.recompute_every=1",),
-        ("parallel.recompute_every=2", "mode=full"),
+    """Bytes, operations and messages of 60 blocks are a line through those of a few, exactly; two kinds of blocks, two lines."""
+    qwen, flux = ("experiment=qwen_gmm", "model=qwen_image_300m"), ("experiment=flux_gmm", "model=flux_tiny")
+    for experiment, *options in (
+        (qwen, "parallel.recompute_every=0"),
+        (qwen, "parallel.recompute_every=1"),
+        (qwen, "parallel.recompute_every=2", "mode=full"),
+        (flux, "parallel.recompute_every=1", "model.num_single_layers=12"),
+        (flux, "parallel.recompute_every=2", "mode=full", "model.num_single_layers=12"),
     ):
-        config = load_config(["+cluster=local", *SMALL, "model.num_layers=9", *options])
+        config = load_config(["+cluster=local", *experiment, "train.batch_size=64", "model.num_layers=9", *options])
         with fake_world(2, 1, 1) as topology:
             drawn = trace_step(config, topology, (16, 16), 8, 0)
-            followed = trace_depth(config, 9, topology, (16, 16), 8, 0)
+            followed = trace_depth(config, {"num_layers": 9}, topology, (16, 16), 8, 0)
         assert drawn.kept == pytest.approx(followed.kept)
         assert drawn.flops == pytest.approx(followed.flops)
         assert {k: p.total for k, p in drawn.peaks.items()} == pytest.approx(
             {k: p.total for k, p in followed.peaks.items()}
         )
-    assert extrapolate(followed, followed, 7.0).flops == followed.flops
+    assert extrapolate(followed, [(followed, 7.0)]).flops == followed.flops
 
 
 def test_tensor_parallelism_shares_out_weights_activations_and_arithmetic() -> None:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from piflow_dist.config import ConfigError, load_config
 from piflow_dist.launch.preflight import check_teacher
+from piflow_dist.models.architecture import plan_model
 from piflow_dist.models.pretrained import INDEX, DiffusersWeights, diffusers_folder, read_diffusers_config
-from piflow_dist.models.qwen_image import plan_model
 from piflow_dist.models.weights import fill
 
 CONFIG = load_config([*TINY, "objective=flow_matching", "data.root=x", "run_dir=x"])
@@ -81,7 +81,7 @@ def test_a_missing_file_is_named(teacher: Path) -> None:
         ("zero_cond_t", True, "zero_cond_t=true"),
         ("use_additional_t_cond", True, "use_additional_t_cond=true"),
         ("use_layer3d_rope", True, "use_layer3d_rope=true"),
-        ("_class_name", "FluxTransformer2DModel", "describes a FluxTransformer2DModel"),
+        ("_class_name", "SD3Transformer2DModel", "describes a SD3Transformer2DModel"),
         ("num_layers", 3, "num_layers=3"),
         ("patch_size", 1, "2 x 2 patches"),
     ],

@@ -213,7 +213,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change: Callable, wor
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"_class_name": "GMFluxTransformer2DModel"}, ("GMFluxTransformer2DModel", "GMQwenImageTransformer2DModel")),
+        ({"_class_name": "GMSD3Transformer2DModel"}, ("GMSD3Transformer2DModel", "GMQwenImageTransformer2DModel")),
         ({"_class_name": "DXQwenImageTransformer2DModel"}, ("of type GMFlow", "a DXQwenImageTransformer2DModel")),
         ({"constant_logstd": -3.0}, ("constant_logstd=-3.0",)),
         ({"gm_num_logstd_layers": 1}, ("gm_num_logstd_layers=1",)),
