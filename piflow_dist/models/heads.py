@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from piflow_dist.config import PolicyConfig
-from piflow_dist.policies import DXPolicy, GMFlowPolicy
+from piflow_dist.policies import DXPolicy, GMFlowPolicy, MeanPolicy
 
 PATCH = 2
 
@@ -33,6 +33,8 @@ def unpack(tokens_BTE: Tensor, size: tuple[int, int], groups: int) -> Tensor:
 class VelocityHead(nn.Module):
     """The teacher's output projection: u = eps - x_0, (B,C,H,W)."""
 
+    takes_span = False
+
     def __init__(self, width: int, channels: int):
         super().__init__()
         self.proj_out = nn.Linear(width, channels * PATCH * PATCH)
@@ -43,6 +45,8 @@ class VelocityHead(nn.Module):
 
 class GMHead(nn.Module):
     """Means, one log standard deviation per sample and log-weights of a GMFlow policy (DESIGN section 4, "Students")."""
+
+    takes_span = False
 
     def __init__(self, width: int, channels: int, config: PolicyConfig):
         super().__init__()
@@ -78,6 +82,8 @@ class GMHead(nn.Module):
 class DXHead(nn.Module):
     """N velocities of a DX policy, (B,N,C,H,W): x_0 at the nodes of a time grid, or polynomial coefficients."""
 
+    takes_span = False
+
     def __init__(self, width: int, channels: int, config: PolicyConfig):
         super().__init__()
         self.nodes = config.num_nodes
@@ -93,8 +99,27 @@ class DXHead(nn.Module):
         return {"out": unpack(self.proj_out(tokens_BTD), size, self.nodes).float()}
 
 
-def build_policy_head(width: int, channels: int, config: PolicyConfig) -> GMHead | DXHead:
-    return GMHead(width, channels, config) if config.type == "gmflow" else DXHead(width, channels, config)
+class MeanHead(VelocityHead):
+    """One velocity for a whole segment. Its network is told how long the segment is (takes_span), and starts as the teacher."""
+
+    takes_span = True
+
+    @torch.no_grad()
+    def init_from_teacher(self, head: VelocityHead, generator: torch.Generator) -> None:
+        self.load_state_dict(head.state_dict())
+
+    def forward(self, tokens_BTD: Tensor, temb_BD: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        return {"mean": super().forward(tokens_BTD, temb_BD, size).float()}
+
+
+def build_policy_head(width: int, channels: int, config: PolicyConfig) -> GMHead | DXHead | MeanHead:
+    match config.type:
+        case "gmflow":
+            return GMHead(width, channels, config)
+        case "dx":
+            return DXHead(width, channels, config)
+        case _:
+            return MeanHead(width, channels)
 
 
 def make_policy(
@@ -104,8 +129,10 @@ def make_policy(
     config: PolicyConfig,
     segment_size: float,
     shift: float,
-) -> GMFlowPolicy | DXPolicy:
+) -> GMFlowPolicy | DXPolicy | MeanPolicy:
     """The policy that a head's outputs describe at its source. segment_size and shift matter to DX only."""
     if config.type == "gmflow":
         return GMFlowPolicy(outputs["means"], outputs["logstds"], outputs["logweights"], x_src_BCHW, sigma_src_B)
+    if config.type == "mean":
+        return MeanPolicy(outputs["mean"], x_src_BCHW, sigma_src_B)
     return DXPolicy(outputs["out"], x_src_BCHW, sigma_src_B, segment_size=segment_size, shift=shift, mode=config.mode)

@@ -23,26 +23,47 @@ from piflow_dist.models.weights import OverlaidWeights, RenamedWeights, TensorWe
 
 EPS = 1e-6
 TIME_CHANNELS = 256
+SPAN_SCALE = 0.02
+"""Of a segment's length before its sinusoids. MeanFlow differentiates them: at the noise level's scale the fastest would turn 1000
+radians over a trajectory, and their derivative would be most of its target."""
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of 1000 sigma, and of 1000 times the guidance scale, each through a two-layer MLP: (B,) -> (B,D)."""
+    """Sinusoids of 1000 sigma, and of 1000 times the guidance scale, each through a two-layer MLP: (B,) -> (B,D).
 
-    def __init__(self, width: int, guidance_embeds: bool):
+    takes_span: so is the length of the segment, for students of one mean velocity; a teacher's pass (adapted=False) has none.
+    """
+
+    def __init__(self, width: int, guidance_embeds: bool, takes_span: bool = False):
         super().__init__()
         self.timestep_embedder = embedder(width)
         self.guidance_embedder = embedder(width) if guidance_embeds else None
+        self.span_embedder = embedder(width) if takes_span else None
 
-    def forward(self, sigma_B: Tensor, guidance_B: Tensor | None, dtype: torch.dtype, adapted: bool = True) -> Tensor:
+    def forward(
+        self,
+        sigma_B: Tensor,
+        guidance_B: Tensor | None,
+        dtype: torch.dtype,
+        adapted: bool = True,
+        span_B: Tensor | None = None,
+    ) -> Tensor:
         if (guidance_B is None) != (self.guidance_embedder is None):
             raise ValueError(
                 f"guidance_B is {'missing' if guidance_B is None else 'given'}, but this model has "
                 f"guidance_embeds={self.guidance_embedder is not None}."
             )
+        if (span_B is None) != (self.span_embedder is None or not adapted):
+            raise ValueError(
+                f"span_B is {'missing' if span_B is None else 'given'}, but this pass is of a "
+                f"{'student that takes it' if span_B is None else 'network that does not take it'} (policy.type=mean does)."
+            )
         temb_BD = embed(self.timestep_embedder, sigma_B, dtype, adapted)
-        if guidance_B is None:
-            return temb_BD
-        return temb_BD + embed(self.guidance_embedder, guidance_B, dtype, adapted)
+        if guidance_B is not None:
+            temb_BD = temb_BD + embed(self.guidance_embedder, guidance_B, dtype, adapted)
+        if span_B is not None:
+            temb_BD = temb_BD + embed(self.span_embedder, SPAN_SCALE * span_B, dtype, adapted)
+        return temb_BD
 
 
 def embedder(width: int) -> nn.Module:
@@ -192,10 +213,11 @@ class FinalNorm(nn.Module):
 
 
 class QwenImage(nn.Module):
-    """forward(x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B=None, adapted=True) -> what the head returns.
+    """forward(x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B=None, span_B=None, adapted=True) -> what the head returns.
 
     sigma is the noise level in [0, 1] (diffusers' timestep / 1000); mask is boolean over the padded text, or None;
-    guidance is the scale, for models with guidance_embeds and only for these; adapted switches adapters on (models/lora.py).
+    guidance is the scale, for models with guidance_embeds and only for these; span is the part of sigma that the step covers, for
+    heads that take it and only for these; adapted switches adapters on (models/lora.py).
     recompute_every: blocks whose activations are computed again for the backward pass instead of kept: every n-th, 0 for none.
     adaptable: what the names of layers that may have adapters begin with; norm_out and the head are trained in full instead.
     leaf_modules: what a sharding engine should gather as one piece; parallel/tensor.py says how their linears may be split.
@@ -209,7 +231,7 @@ class QwenImage(nn.Module):
         super().__init__()
         width = config.width
         self.axes = tuple(config.axes_dims_rope)
-        self.time_text_embed = TimestepEmbedder(width, config.guidance_embeds)
+        self.time_text_embed = TimestepEmbedder(width, config.guidance_embeds, head.takes_span)
         self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=EPS)
         self.img_in = nn.Linear(config.latent_channels * PATCH * PATCH, width)
         self.txt_in = nn.Linear(config.joint_attention_dim, width)
@@ -230,12 +252,13 @@ class QwenImage(nn.Module):
         text_BLD: Tensor,
         mask_BL: Tensor | None,
         guidance_B: Tensor | None = None,
+        span_B: Tensor | None = None,
         adapted: bool = True,
     ) -> Tensor | dict[str, Tensor]:
         dtype, (H, W) = self.txt_norm.weight.dtype, x_BCHW.shape[-2:]
         image_BTD = apply_linear(self.img_in, pack(x_BCHW.to(dtype)), adapted)
         text_BLD = apply_linear(self.txt_in, self.txt_norm(text_BLD.to(dtype)), adapted)
-        temb_BD = self.time_text_embed(sigma_B, guidance_B, dtype, adapted)
+        temb_BD = self.time_text_embed(sigma_B, guidance_B, dtype, adapted, span_B)
         rotary_SE = rotary_angles(H // PATCH, W // PATCH, text_BLD.shape[1], self.axes, x_BCHW.device)
         mask_B11S = None if mask_BL is None else F.pad(mask_BL, (0, image_BTD.shape[1]), value=True)[:, None, None]
         for index, block in enumerate(self.transformer_blocks):
@@ -323,8 +346,9 @@ def shape_tied(config: ModelConfig, policy: PolicyConfig, lora: LoraConfig) -> T
     with torch.device("meta"):
         model = TiedQwenImage(config, build_policy_head(config.width, config.latent_channels, policy))
         add_adapters(model, lora)
-    model.norm_out.requires_grad_(True)
-    model.head.requires_grad_(True)
+    for module in (model.norm_out, model.head, model.time_text_embed.span_embedder):
+        if module is not None:
+            module.requires_grad_(True)
     return model
 
 
@@ -350,9 +374,16 @@ def initial_head(config: ModelConfig, policy: PolicyConfig, teacher: WeightSourc
         torch.manual_seed(seed)
         head = build_policy_head(config.width, config.latent_channels, policy)
         output = VelocityHead(config.width, config.latent_channels)
+        fresh = embedder(config.width)
     output.load_state_dict({name: teacher.view(f"head.{name}")[:].float() for name in output.state_dict()})
     head.init_from_teacher(output, torch.Generator().manual_seed(seed))
-    return TensorWeights({f"head.{name}": value for name, value in head.state_dict().items()}, "a fresh policy head")
+    weights = {f"head.{name}": value for name, value in head.state_dict().items()}
+    if head.takes_span:
+        # A segment's length changes nothing at first: the student starts as the teacher, whatever the length.
+        torch.nn.init.zeros_(fresh.linear_2.weight)
+        torch.nn.init.zeros_(fresh.linear_2.bias)
+        weights |= {f"time_text_embed.span_embedder.{name}": value for name, value in fresh.state_dict().items()}
+    return TensorWeights(weights, "a fresh policy head")
 
 
 def without_head(source: WeightSource) -> WeightSource:
