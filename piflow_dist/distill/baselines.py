@@ -63,7 +63,7 @@ def meanflow_step(
     guidance_B = guidance_input(config.model.guidance_embeds, config.distill.guidance.scale, sigma_B)
     inputs = (x_BCHW, sigma_B, batch.text_BLD, batch.mask_BL, guidance_B, span_B)
     one_B = torch.ones_like(sigma_B)
-    along_BCHW = model.derivative(inputs, (v_BCHW, one_B, None, None, None, one_B)).float()
+    along_BCHW = model.derivative(inputs, (v_BCHW, one_B, None, None, None, one_B))
     target_BCHW = v_BCHW - span_B[:, None, None, None] * along_BCHW
     square_BCHW = (model(*inputs)["mean"] - target_BCHW).square()
     model.backward(adaptive_loss(square_BCHW, settings) * scale)

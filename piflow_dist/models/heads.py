@@ -109,7 +109,8 @@ class MeanHead(VelocityHead):
         self.load_state_dict(head.state_dict())
 
     def forward(self, tokens_BTD: Tensor, temb_BD: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-        return {"mean": super().forward(tokens_BTD, temb_BD, size).float()}
+        mean_BCHW = super().forward(tokens_BTD, temb_BD, size)
+        return {"mean": mean_BCHW.to(torch.promote_types(mean_BCHW.dtype, torch.float32))}
 
 
 def build_policy_head(width: int, channels: int, config: PolicyConfig) -> GMHead | DXHead | MeanHead:

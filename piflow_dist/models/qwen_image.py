@@ -77,7 +77,7 @@ def embed(module: nn.Module, value_B: Tensor, dtype: torch.dtype, adapted: bool)
     # The published models round the value to the network's dtype before the sinusoids.
     half = TIME_CHANNELS // 2
     frequencies = torch.exp(torch.arange(half, device=value_B.device) * (-math.log(10_000) / half))
-    angles = 1000 * value_B.to(dtype).float()[:, None] * frequencies
+    angles = 1000 * value_B.to(dtype).to(torch.promote_types(dtype, torch.float32))[:, None] * frequencies
     waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
     return apply_linear(module.linear_2, F.silu(apply_linear(module.linear_1, waves, adapted)), adapted)
 
@@ -104,8 +104,8 @@ def rotary_angles(
 
 
 def rotate(x_BSNE: Tensor, rotary_SE: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of channels, in float32: one pass as complex numbers, six times faster than cos and sin."""
-    pairs = torch.view_as_complex(x_BSNE.float().unflatten(-1, (-1, 2)))
+    """Rotate neighbouring pairs of channels, in float32 at least: one pass as complex numbers, six times faster than cos and sin."""
+    pairs = torch.view_as_complex(x_BSNE.to(torch.promote_types(x_BSNE.dtype, torch.float32)).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary_SE[:, None]).flatten(-2).type_as(x_BSNE)
 
 
