@@ -224,7 +224,7 @@ def test_following_the_teacher_ends_at_the_flow_map() -> None:
 # 1-NFE students on a mixture of Gaussians, against its exact flow map.
 
 SCHEDULE, LAW = FlowSchedule(1.0), three_blobs()
-HIDDEN, BATCH, STEPS = 128, 256, 1200
+HIDDEN, BATCH, STEPS = 128, 256, 600
 
 
 class Student(nn.Module):
@@ -245,11 +245,11 @@ class Student(nn.Module):
         )
         out, B, K = self.net(torch.cat([x.flatten(1), times], dim=1)), len(x), self.policy.num_components
         if self.policy.type == "mean":
-            return {"mean": out.view(B, 2, 1, 1)}
+            return {"mean": x + out.view(B, 2, 1, 1)}
         if self.policy.type == "dx":
-            return {"out": out.view(B, -1, 2, 1, 1)}
+            return {"out": x[:, None] + out.view(B, -1, 2, 1, 1)}
         return {
-            "means": out[:, : 2 * K].view(B, K, 2, 1, 1),
+            "means": x[:, None] + out[:, : 2 * K].view(B, K, 2, 1, 1),
             "logweights": out[:, 2 * K : 3 * K].view(B, K, 1, 1, 1).log_softmax(1),
             "logstds": out[:, 3 * K :].view(B, 1, 1, 1, 1),
         }
@@ -283,6 +283,8 @@ OBJECTIVES = {
     "meanflow": ("meanflow", "mean", {"meanflow": MeanFlowConfig(instant_share=0.5)}),
     "end points": ("shortcut_regression", "mean", {"loss_scale": 2.0, "teacher_substeps": 16}),
 }
+BOUNDS = {"imitation, GM": 0.45, "imitation, DX": 0.45, "meanflow": 0.55, "end points": 0.2}
+"""Found: 0.32, 0.33, 0.42, 0.12. One Euler step of the true velocity ends at the mean of the law: 1."""
 
 
 def train_student(name: str) -> Callable[[Tensor, int], Tensor]:
@@ -320,9 +322,17 @@ def relative_error(found: Tensor) -> float:
     return ((found - want).square().mean().sqrt() / spread).item()
 
 
+@torch.no_grad()
+def test_one_euler_step_of_the_true_velocity_is_far_from_the_flow_map() -> None:
+    noise = exact_map()[0]
+    assert relative_error(noise - true_velocity(noise, torch.ones(len(noise), dtype=F64))) == pytest.approx(1, abs=0.01)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_step_students_follow_the_exact_flow_map(name: str) -> None:
     sample, noise = train_student(name), exact_map()[0]
-    error = relative_error(sample(noise, 1))
-    print(name, error, relative_error(sample(noise, 4)) if name == "meanflow" else "")
-    assert error < 0.5
+    with torch.no_grad():
+        error = relative_error(sample(noise, 1))
+        assert error < BOUNDS[name], error
+        if name == "meanflow":  # one training for every number of steps
+            assert relative_error(sample(noise, 4)) < min(0.3, 0.7 * error)
