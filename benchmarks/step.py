@@ -91,7 +91,8 @@ class StepBenchmark(Config):
     def __post_init__(self):
         super().__post_init__()
         require(
-            self.distils, f"objective={self.objective} has no policy to measure. Use experiment=qwen_gmm or another."
+            self.objective.startswith("imitation"),
+            f"objective={self.objective} has no policy to measure. Use experiment=qwen_gmm or another.",
         )
         if self.bench.plain:
             require(self.optim.type != "muon", "optim.type=muon is not in the plain step. Set bench.plain=false.")

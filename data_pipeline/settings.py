@@ -34,6 +34,7 @@ def list_settings(config_class: type) -> str:
     """One line per key with its default, for --help."""
     lines = []
     for field in dataclasses.fields(config_class):
-        default = "(needed)" if field.default == MISSING else f"{field.default}"
+        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = "(needed)" if value == MISSING else f"{value}"
         lines.append(f"  {field.name}={default}")
     return "\n".join(lines)

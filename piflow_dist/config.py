@@ -19,6 +19,8 @@ from yaml import YAMLError
 from piflow_dist.checkpoint.files import write_atomic
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+BASELINES = ("meanflow", "shortcut_regression")
+"""Objectives whose students predict one mean velocity for a segment (policy.type=mean)."""
 
 
 class ConfigError(ValueError):
@@ -126,7 +128,7 @@ class ScheduleConfig:
 @dataclass(kw_only=True)
 class PolicyConfig:
     type: str = "gmflow"
-    """gmflow (Gaussian mixture) or dx (clean images on a time grid)."""
+    """gmflow (Gaussian mixture), dx (clean images on a time grid) or mean (one velocity for the whole segment: the baselines)."""
     num_components: int = 8
     """K of a GMFlow policy."""
     logstd_inner_dim: int = 1024
@@ -136,7 +138,7 @@ class PolicyConfig:
     """DX: grid or polynomial."""
 
     def __post_init__(self):
-        require_choice("policy.type", self.type, ("gmflow", "dx"))
+        require_choice("policy.type", self.type, ("gmflow", "dx", "mean"))
         require_choice("policy.mode", self.mode, ("grid", "polynomial"))
         require_positive("policy", self, "num_components", "logstd_inner_dim")
         require(
@@ -192,8 +194,33 @@ class GuidanceConfig:
 
 
 @dataclass(kw_only=True)
+class MeanFlowConfig:
+    """objective=meanflow (arXiv 2505.13447); the defaults are the published ones. docs/baselines.md"""
+
+    velocity: str = "teacher"
+    """Whose flow is averaged: teacher (its guided velocity) or data (eps - x_0, no teacher is asked)."""
+    instant_share: float = 0.75
+    """Share of images whose interval has length zero: there the student learns the velocity itself."""
+    time_mean: float = -0.4
+    """Both ends of an interval are drawn in schedule time tau, logit-normal with this mean and time_std; the larger one is the start."""
+    time_std: float = 1.0
+    weight_power: float = 1.0
+    """p of the adaptive weight 1 / (|error|^2 + weight_constant)^p of each image; 0: plain squares."""
+    weight_constant: float = 1e-3
+
+    def __post_init__(self):
+        require_choice("distill.meanflow.velocity", self.velocity, ("teacher", "data"))
+        require_positive("distill.meanflow", self, "time_std", "weight_constant")
+        require(
+            0 <= self.instant_share < 1,
+            f"distill.meanflow.instant_share={self.instant_share} must lie in [0, 1): at 1 no mean velocity would be learnt.",
+        )
+        require(0 <= self.weight_power <= 1, f"distill.meanflow.weight_power={self.weight_power} must lie in [0, 1].")
+
+
+@dataclass(kw_only=True)
 class DistillConfig:
-    """Imitation distillation (pi-ID); DESIGN section 4."""
+    """Imitation distillation (pi-ID); DESIGN section 4. The baselines share the teacher, its guidance and the segments."""
 
     teacher: str | None = None
     """Run folder or checkpoint folder of the teacher."""
@@ -213,7 +240,10 @@ class DistillConfig:
     """Probability to drop a mixture component from the trajectory's policy, per image (gmflow)."""
     stack_teacher_states: bool = True
     """Evaluate the teacher once on all intermediate states of a segment where they do not depend on its answers."""
+    teacher_substeps: int = 8
+    """objective=shortcut_regression: Euler steps of the teacher through a segment, the way to the end point that is regressed."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    meanflow: MeanFlowConfig = field(default_factory=MeanFlowConfig)
 
     @property
     def base_segment(self) -> float:
@@ -221,7 +251,9 @@ class DistillConfig:
         return 1 / (self.nfe - 1 + self.final_step_size_scale)
 
     def __post_init__(self):
-        require_positive("distill", self, "nfe", "total_substeps", "num_intermediate_states", "loss_scale")
+        require_positive(
+            "distill", self, "nfe", "total_substeps", "num_intermediate_states", "loss_scale", "teacher_substeps"
+        )
         require(
             0 < self.final_step_size_scale <= 1,
             f"distill.final_step_size_scale={self.final_step_size_scale} must lie in (0, 1].",
@@ -526,7 +558,8 @@ class Config:
     run_dir: str = MISSING
     """Everything the run writes goes here; the same folder resumes it."""
     objective: str = "imitation"
-    """flow_matching (a teacher), imitation (pi-ID on data) or imitation_datafree (pi-ID from noise)."""
+    """flow_matching (a teacher), imitation (pi-ID on data), imitation_datafree (pi-ID from noise), or a baseline beside it: meanflow or
+    shortcut_regression (the teacher's end point of each segment)."""
     mode: str = "full"
     """full (every weight is trained, beside a frozen teacher) or tied (adapters and a head on the teacher's own weights)."""
     init_from: str | None = None
@@ -587,8 +620,27 @@ class Config:
     def distils(self) -> bool:
         return self.objective != "flow_matching"
 
+    def check_baselines(self) -> None:
+        baseline, mean = self.objective in BASELINES, self.policy.type == "mean"
+        require(
+            mean or not baseline,
+            f"objective={self.objective} learns one mean velocity for a segment, policy.type={self.policy.type} is another kind of "
+            "output. Set policy=mean.",
+        )
+        require(
+            baseline or not mean or not self.distils,
+            f"policy.type=mean has one velocity for a segment, and objective={self.objective} compares velocities inside of it. "
+            f"Set policy=gmflow or policy=dx, or objective={' or '.join(BASELINES)}.",
+        )
+        scale = self.distill.guidance.scale
+        require(
+            self.objective != "meanflow" or self.distill.meanflow.velocity == "teacher" or scale == 1,
+            f"distill.guidance.scale={scale} guides a teacher, and distill.meanflow.velocity=data asks none. "
+            "Set distill.guidance.scale=1, or distill.meanflow.velocity=teacher.",
+        )
+
     def __post_init__(self):
-        require_choice("objective", self.objective, ("flow_matching", "imitation", "imitation_datafree"))
+        require_choice("objective", self.objective, ("flow_matching", "imitation", "imitation_datafree", *BASELINES))
         require_choice("mode", self.mode, ("full", "tied"))
         require(
             self.distils or self.mode == "full",
@@ -601,6 +653,7 @@ class Config:
             f"init_from={self.init_from} is for students, but objective={self.objective} trains a teacher. Set init_from=null.",
         )
         self.check_parallel()
+        self.check_baselines()
         if self.distils:
             require(
                 bool(self.distill.teacher),

@@ -28,6 +28,7 @@ from piflow_dist.checkpoint.runs import none_left
 from piflow_dist.checkpoint.saver import CheckpointSaver
 from piflow_dist.checkpoint.sharded import find_checkpoint
 from piflow_dist.config import Config, config_values, read_config, require
+from piflow_dist.distill.baselines import meanflow_step, shortcut_step
 from piflow_dist.distill.ema import Ema
 from piflow_dist.distill.objectives import (
     Batch,
@@ -196,6 +197,10 @@ def micro_step(run: Run, batch: Batch, scale: float, generator: torch.Generator)
             return imitation_datafree_step(
                 run.model, run.teacher, batch, run.config, run.schedule, run.state.step, scale, generator
             )
+        case "meanflow":
+            return meanflow_step(run.model, run.teacher, batch, run.config, run.schedule, scale, generator)
+        case "shortcut_regression":
+            return shortcut_step(run.model, run.teacher, batch, run.config, run.schedule, scale, generator)
         case unknown:
             raise ValueError(f"objective={unknown} has no training step.")
 
@@ -350,7 +355,7 @@ def step_values(run: Run, loss: float, result: StepResult, seconds: float) -> di
         "seconds": seconds,
         "images_per_second": config.train.batch_size / seconds,
     }
-    if config.distils:
+    if config.objective.startswith("imitation"):
         values["teacher_ratio"] = teacher_ratio(step - 1, config)
     return values
 

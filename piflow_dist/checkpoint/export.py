@@ -85,6 +85,11 @@ def export(options: ExportConfig, progress: Callable[[int, int], None] = lambda 
     require(not out.exists(), f"out={out} exists. Choose another folder; nothing is overwritten.")
     checkpoint = resolve_checkpoint(options.source, "source")
     run, state = read_run_config(checkpoint), read_json(checkpoint / STATE)
+    require(
+        not run.distils or run.policy.type != "mean",
+        f"source={options.source} was trained with objective={run.objective}: no pipeline reads a network of mean velocities "
+        "(policy.type=mean), so there is no layout to write. tools/sample.py samples from the run itself.",
+    )
     if options.base is not None:
         run.distill.teacher = options.base
     trained = CheckpointWeights(checkpoint, options.ema)

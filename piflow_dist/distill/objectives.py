@@ -18,7 +18,7 @@ from piflow_dist.models.heads import PATCH, make_policy
 
 
 class Network(Protocol):
-    """A velocity network or a student: (x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B) -> what its head returns."""
+    """A velocity network or a student: (x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B, span_B) -> what its head returns."""
 
     def __call__(self, *inputs: Tensor | None) -> Any: ...
 
@@ -128,6 +128,18 @@ def imitation_data_step(
     generator: torch.Generator,
 ) -> Tensor:
     """pi-ID on data: one segment per image, chosen by tau ~ U(0, 1] and entered from the noised image."""
+    x_src_BCHW, tau_src_B, length_B = enter_segment(batch, config, schedule, generator)
+    velocity = TeacherVelocity(teacher, batch, config.distill.guidance, config.model.guidance_embeds)
+    ratio = teacher_ratio(step, config)
+    out = imitate(model, velocity, batch, x_src_BCHW, tau_src_B, length_B, config, schedule, ratio, generator)
+    model.backward(out.loss * scale)
+    return out.loss.detach()
+
+
+def enter_segment(
+    batch: Batch, config: Config, schedule: FlowSchedule, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_src_BCHW, tau_src_B, length_B): the noised images at the starts of the segments that random times fall into."""
     B, device = len(batch.x0_BCHW), batch.x0_BCHW.device
     boundaries = segment_boundaries(config, schedule).to(device)
     tau_B = 1 - torch.rand(B, generator=generator, device=device)
@@ -135,12 +147,7 @@ def imitation_data_step(
     tau_src_B = boundaries[index_B]
     noise_BCHW = randn_like(batch.x0_BCHW, generator)
     x_src_BCHW = add_noise(batch.x0_BCHW, noise_BCHW, schedule.warp(tau_src_B))
-    length_B = tau_src_B - boundaries[index_B + 1]
-    velocity = TeacherVelocity(teacher, batch, config.distill.guidance, config.model.guidance_embeds)
-    ratio = teacher_ratio(step, config)
-    out = imitate(model, velocity, batch, x_src_BCHW, tau_src_B, length_B, config, schedule, ratio, generator)
-    model.backward(out.loss * scale)
-    return out.loss.detach()
+    return x_src_BCHW, tau_src_B, tau_src_B - boundaries[index_B + 1]
 
 
 def imitation_datafree_step(

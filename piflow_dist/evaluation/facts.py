@@ -37,19 +37,26 @@ def title_of(settings: DictConfig) -> str:
     kinds = {
         "gmflow": f"GMFlow policy (K = {OmegaConf.select(settings, 'policy.num_components')})",
         "dx": f"DX policy ({mode}, N = {nodes})",
+        "mean": "mean velocity",
     }
     objective = OmegaConf.select(settings, "objective")
-    sources = {"imitation": "distilled on data", "imitation_datafree": "distilled without data"}
+    sources = {
+        "imitation": "distilled on data",
+        "imitation_datafree": "distilled without data",
+        "meanflow": "MeanFlow",
+        "shortcut_regression": "the teacher's end points regressed",
+    }
     nfe = OmegaConf.select(settings, "distill.nfe")
     policy_text, source_text = kinds.get(policy, f"policy {policy}"), sources.get(objective, f"objective {objective}")
     return f"Student: {policy_text}, {nfe} NFE, {source_text}"
 
 
 def chosen_settings(settings: DictConfig) -> dict[str, str]:
-    unused = {"gmflow": "policy.num_nodes", "dx": "policy.num_components"}.get(
-        OmegaConf.select(settings, "policy.type")
-    )
-    found = {title: OmegaConf.select(settings, key) for title, key in SETTINGS.items() if key != unused}
+    read_by = {"policy.num_components": "gmflow", "policy.num_nodes": "dx"}
+    kind = OmegaConf.select(settings, "policy.type")
+    found = {
+        title: OmegaConf.select(settings, key) for title, key in SETTINGS.items() if read_by.get(key, kind) == kind
+    }
     return {title: str(value) for title, value in found.items() if value is not None}
 
 

@@ -53,7 +53,7 @@ def euler_sample(
 
 @torch.no_grad()
 def policy_sample(
-    predict_policy: Callable[[Tensor, Tensor, Tensor], SampledPolicy],
+    predict_policy: Callable[..., SampledPolicy],
     x_BCHW: Tensor,
     schedule: FlowSchedule,
     nfe: int,
@@ -64,6 +64,7 @@ def policy_sample(
     temperature: float | str = 1.0,
     h: float = 0.0,
     generators: Sequence[torch.Generator] | None = None,
+    with_end: bool = False,
 ) -> Tensor:
     """Sample x_0 from noise with nfe network evaluations, each followed by a policy rollout.
 
@@ -71,6 +72,7 @@ def policy_sample(
     temperature: at every step but the last; "auto" is 0.1 (nfe - 1), at most 1, for policies that have a temperature
     (GM). A DX policy has none: "auto" leaves it alone, a number other than 1 is a ValueError.
     h: noise of the flow-map SDE; 0 is the ODE, inf draws all noise afresh at each step.
+    with_end: the network is told where its step ends: predict_policy(x_BCHW, sigma_B, tau_B, sigma_dst_B).
     generators: one per sample, so that an image does not depend on its batch; None draws from torch's own generator.
     Raises ValueError for nfe below trained_nfe: segments would be longer than any the student has seen.
     """
@@ -93,7 +95,8 @@ def policy_sample(
     for i in range(nfe):
         sigma_src, sigma_to = schedule.warp(taus[i]), schedule.warp(taus[i + 1])
         kept, sigma_dst = flow_map_step(sigma_src, sigma_to, h)
-        policy = predict_policy(x_BCHW, times(sigma_src), times(taus[i]))
+        end = (times(sigma_dst),) if with_end else ()
+        policy = predict_policy(x_BCHW, times(sigma_src), times(taus[i]), *end)
         if i < nfe - 1 and (policy.has_temperature or temperature != "auto"):
             policy = policy.with_temperature(number)
         x_BCHW, _ = policy.rollout(x_BCHW, times(taus[i]), times(schedule.unwarp(sigma_dst)), schedule, total_substeps)

@@ -6,7 +6,8 @@ from torch import nn
 from piflow_dist.config import LoraConfig, ModelConfig, PolicyConfig
 from piflow_dist.models.dit import DiT
 from piflow_dist.models.flux import Flux
-from piflow_dist.models.heads import DXHead, GMHead, VelocityHead, build_policy_head
+from piflow_dist.models.heads import DXHead, GMHead, MeanHead, VelocityHead, build_policy_head
+from piflow_dist.models.layers import TIME_CHANNELS, embedder
 from piflow_dist.models.lora import InitialAdapters, add_adapters, base_name
 from piflow_dist.models.qwen_image import QwenImage
 from piflow_dist.models.transformer import Transformer
@@ -34,7 +35,7 @@ def velocity_head(config: ModelConfig) -> VelocityHead:
     return VelocityHead(config.width, config.latent_channels, architecture(config).channels_last)
 
 
-def policy_head(config: ModelConfig, policy: PolicyConfig) -> GMHead | DXHead:
+def policy_head(config: ModelConfig, policy: PolicyConfig) -> GMHead | DXHead | MeanHead:
     return build_policy_head(config.width, config.latent_channels, policy, architecture(config).channels_last)
 
 
@@ -70,8 +71,9 @@ def shape_tied(config: ModelConfig, policy: PolicyConfig, lora: LoraConfig) -> T
     with torch.device("meta"):
         model = architecture(config)(config, policy_head(config, policy), tied=True)
         add_adapters(model, lora)
-    model.norm_out.requires_grad_(True)
-    model.head.requires_grad_(True)
+    for module in (model.norm_out, model.head, model.span_embedder):
+        if module is not None:
+            module.requires_grad_(True)
     return model
 
 
@@ -96,9 +98,16 @@ def initial_head(config: ModelConfig, policy: PolicyConfig, teacher: WeightSourc
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head, output = policy_head(config, policy), velocity_head(config)
+        span_embedder = embedder(TIME_CHANNELS, config.width)
     output.load_state_dict({name: teacher.view(f"head.{name}")[:].float() for name in output.state_dict()})
     head.init_from_teacher(output, torch.Generator().manual_seed(seed))
-    return TensorWeights({f"head.{name}": value for name, value in head.state_dict().items()}, "a fresh policy head")
+    weights = {f"head.{name}": value for name, value in head.state_dict().items()}
+    if head.takes_span:
+        # A segment's length changes nothing at first: the student starts as the teacher, whatever the length.
+        torch.nn.init.zeros_(span_embedder.linear_2.weight)
+        torch.nn.init.zeros_(span_embedder.linear_2.bias)
+        weights |= {f"span_embedder.{name}": value for name, value in span_embedder.state_dict().items()}
+    return TensorWeights(weights, "a fresh policy head")
 
 
 def without_head(source: WeightSource) -> WeightSource:

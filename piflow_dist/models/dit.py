@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from piflow_dist.config import ConfigError, ModelConfig, require
 from piflow_dist.models.heads import PATCH, pack
-from piflow_dist.models.layers import TIME_CHANNELS, Mlp, embedder, modulate, sinusoids, two_layers
+from piflow_dist.models.layers import TIME_CHANNELS, Mlp, at_least_float32, embedder, modulate, sinusoids, two_layers
 from piflow_dist.models.lora import apply_linear
 from piflow_dist.models.transformer import Rule, Transformer
 from piflow_dist.models.weights import RowView, ScaledView, View, shape_of
@@ -53,7 +53,7 @@ class Conditioning(nn.Module):
         self.class_embedder.embedding_table = ClassTable(classes, width)
 
     def forward(self, sigma_B: Tensor, onehot_BV: Tensor, adapted: bool) -> Tensor:
-        waves_BF = sinusoids(self.time_scale * sigma_B.float()).to(onehot_BV.dtype)
+        waves_BF = sinusoids(self.time_scale * at_least_float32(sigma_B)).to(onehot_BV.dtype)
         return two_layers(self.timestep_embedder, waves_BF, adapted) + self.class_embedder.embedding_table(onehot_BV)
 
 
@@ -142,12 +142,13 @@ class DiT(Transformer):
         text_BLD: Tensor,
         mask_BL: Tensor | None,
         guidance_B: Tensor | None = None,
+        span_B: Tensor | None = None,
         adapted: bool = True,
     ) -> Tensor | dict[str, Tensor]:
         dtype, (H, W) = self.emb.class_embedder.embedding_table.weight.dtype, x_BCHW.shape[-2:]
         x_BTD = apply_linear(self.pos_embed.proj, pack(x_BCHW.to(dtype)), adapted)
         x_BTD = x_BTD + positions(H // PATCH, W // PATCH, x_BTD.shape[-1], x_BCHW.device).to(dtype)
-        temb_BD = self.emb(sigma_B, text_BLD[:, 0].to(dtype), adapted)
+        temb_BD = self.add_span(self.emb(sigma_B, text_BLD[:, 0].to(dtype), adapted), span_B, adapted)
         for index, block in enumerate(self.transformer_blocks):
             x_BTD = self.run_block(index, block, x_BTD, temb_BD, adapted)
         norm_out, head = self.output(adapted)

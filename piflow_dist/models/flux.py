@@ -20,7 +20,17 @@ from torch import Tensor, nn
 
 from piflow_dist.config import ConfigError, ModelConfig
 from piflow_dist.models.heads import PATCH, pack
-from piflow_dist.models.layers import EPS, TIME_CHANNELS, Mlp, embedder, modulate, rotate, sinusoids, two_layers
+from piflow_dist.models.layers import (
+    EPS,
+    TIME_CHANNELS,
+    Mlp,
+    at_least_float32,
+    embedder,
+    modulate,
+    rotate,
+    sinusoids,
+    two_layers,
+)
 from piflow_dist.models.lora import apply_linear
 from piflow_dist.models.transformer import Rule, Transformer, our_name
 from piflow_dist.models.weights import RowView, View, shape_of
@@ -51,7 +61,7 @@ class Conditioning(nn.Module):
 
 def embed(module: nn.Module, value_B: Tensor, dtype: torch.dtype, adapted: bool) -> Tensor:
     # The published model multiplies in the network's dtype: 3500 is 3504 in bf16.
-    return two_layers(module, sinusoids((value_B.to(dtype) * 1000).float()).to(dtype), adapted)
+    return two_layers(module, sinusoids(at_least_float32(value_B.to(dtype) * 1000)).to(dtype), adapted)
 
 
 @lru_cache(maxsize=64)
@@ -238,11 +248,14 @@ class Flux(Transformer):
         text_BLD: Tensor,
         mask_BL: Tensor | None,
         guidance_B: Tensor | None = None,
+        span_B: Tensor | None = None,
         adapted: bool = True,
     ) -> Tensor | dict[str, Tensor]:
         dtype, (H, W) = self.transformer_blocks[0].attn.norm_q.weight.dtype, x_BCHW.shape[-2:]
         text_BLD = text_BLD.to(dtype)
-        temb_BD = self.time_text_embed(sigma_B, guidance_B, text_BLD[:, 0, : self.pooled], adapted)
+        temb_BD = self.add_span(
+            self.time_text_embed(sigma_B, guidance_B, text_BLD[:, 0, : self.pooled], adapted), span_B, adapted
+        )
         image_BTD = apply_linear(self.x_embedder, pack(x_BCHW.to(dtype)), adapted)
         text_BLD = apply_linear(self.context_embedder, text_BLD[:, 1:], adapted)
         L = text_BLD.shape[1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from piflow_dist.config import PolicyConfig
-from piflow_dist.policies import DXPolicy, GMFlowPolicy
+from piflow_dist.policies import DXPolicy, GMFlowPolicy, MeanPolicy
 
 PATCH = 2
 
@@ -44,6 +44,8 @@ def repeat_groups(output: Tensor, groups: int, channels_last: bool) -> Tensor:
 class VelocityHead(nn.Module):
     """The teacher's output projection: u = eps - x_0, (B,C,H,W)."""
 
+    takes_span = False
+
     def __init__(self, width: int, channels: int, channels_last: bool = False):
         super().__init__()
         self.channels_last = channels_last
@@ -55,6 +57,8 @@ class VelocityHead(nn.Module):
 
 class GMHead(nn.Module):
     """Means, one log standard deviation per sample and log-weights of a GMFlow policy (DESIGN section 4, "Students")."""
+
+    takes_span = False
 
     def __init__(self, width: int, channels: int, config: PolicyConfig, channels_last: bool = False):
         super().__init__()
@@ -90,6 +94,8 @@ class GMHead(nn.Module):
 class DXHead(nn.Module):
     """N velocities of a DX policy, (B,N,C,H,W): x_0 at the nodes of a time grid, or polynomial coefficients."""
 
+    takes_span = False
+
     def __init__(self, width: int, channels: int, config: PolicyConfig, channels_last: bool = False):
         super().__init__()
         self.nodes, self.channels_last = config.num_nodes, channels_last
@@ -105,9 +111,30 @@ class DXHead(nn.Module):
         return {"out": unpack(self.proj_out(tokens_BTD), size, self.nodes, self.channels_last).float()}
 
 
-def build_policy_head(width: int, channels: int, config: PolicyConfig, channels_last: bool = False) -> GMHead | DXHead:
-    head = GMHead if config.type == "gmflow" else DXHead
-    return head(width, channels, config, channels_last)
+class MeanHead(VelocityHead):
+    """One velocity for a whole segment. Its network is told how long the segment is (takes_span), and starts as the teacher."""
+
+    takes_span = True
+
+    @torch.no_grad()
+    def init_from_teacher(self, head: VelocityHead, generator: torch.Generator) -> None:
+        self.load_state_dict(head.state_dict())
+
+    def forward(self, tokens_BTD: Tensor, temb_BD: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        mean_BCHW = super().forward(tokens_BTD, temb_BD, size)
+        return {"mean": mean_BCHW.to(torch.promote_types(mean_BCHW.dtype, torch.float32))}
+
+
+def build_policy_head(
+    width: int, channels: int, config: PolicyConfig, channels_last: bool = False
+) -> GMHead | DXHead | MeanHead:
+    match config.type:
+        case "gmflow":
+            return GMHead(width, channels, config, channels_last)
+        case "dx":
+            return DXHead(width, channels, config, channels_last)
+        case _:
+            return MeanHead(width, channels, channels_last)
 
 
 def make_policy(
@@ -117,8 +144,10 @@ def make_policy(
     config: PolicyConfig,
     segment_size: float,
     shift: float,
-) -> GMFlowPolicy | DXPolicy:
+) -> GMFlowPolicy | DXPolicy | MeanPolicy:
     """The policy that a head's outputs describe at its source. segment_size and shift matter to DX only."""
     if config.type == "gmflow":
         return GMFlowPolicy(outputs["means"], outputs["logstds"], outputs["logweights"], x_src_BCHW, sigma_src_B)
+    if config.type == "mean":
+        return MeanPolicy(outputs["mean"], x_src_BCHW, sigma_src_B)
     return DXPolicy(outputs["out"], x_src_BCHW, sigma_src_B, segment_size=segment_size, shift=shift, mode=config.mode)

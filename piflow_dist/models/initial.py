@@ -12,7 +12,11 @@ from piflow_dist.models.adapters import ExportedStudent, check_base, open_studen
 from piflow_dist.models.pretrained import diffusers_folder, open_teacher
 from piflow_dist.models.weights import ScaledWeights, WeightSource
 
-FACTS = {"gmflow": ("type", "num_components", "logstd_inner_dim"), "dx": ("type", "num_nodes", "mode")}
+FACTS = {
+    "gmflow": ("type", "num_components", "logstd_inner_dim"),
+    "dx": ("type", "num_nodes", "mode"),
+    "mean": ("type",),
+}
 
 
 @dataclass(frozen=True)

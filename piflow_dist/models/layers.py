@@ -27,8 +27,12 @@ def two_layers(module: nn.Module, x: Tensor, adapted: bool) -> Tensor:
     return apply_linear(module.linear_2, F.silu(apply_linear(module.linear_1, x, adapted)), adapted)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def sinusoids(value_B: Tensor) -> Tensor:
-    """Cosines, then sines, of 128 frequencies from 1 down to 1/10,000: (B,) float32 -> (B, 256)."""
+    """Cosines, then sines, of 128 frequencies from 1 down to 1/10,000: (B,) float32 or float64 -> (B, 256)."""
     half = TIME_CHANNELS // 2
     frequencies = torch.exp(torch.arange(half, device=value_B.device) * (-math.log(10_000) / half))
     angles = value_B[:, None] * frequencies
@@ -36,8 +40,8 @@ def sinusoids(value_B: Tensor) -> Tensor:
 
 
 def rotate(x_BSNE: Tensor, rotary_SE: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of channels, in float32: one pass as complex numbers, six times faster than cos and sin."""
-    pairs = torch.view_as_complex(x_BSNE.float().unflatten(-1, (-1, 2)))
+    """Rotate neighbouring pairs of channels, in float32 at least: one pass as complex numbers, six times faster than cos and sin."""
+    pairs = torch.view_as_complex(at_least_float32(x_BSNE).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary_SE[:, None]).flatten(-2).type_as(x_BSNE)
 
 

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from piflow_dist.config import ConfigError, ModelConfig
 from piflow_dist.models.heads import PATCH, pack
-from piflow_dist.models.layers import EPS, TIME_CHANNELS, Mlp, embedder, modulate, rotate, sinusoids, two_layers
+from piflow_dist.models.layers import (
+    EPS,
+    TIME_CHANNELS,
+    Mlp,
+    at_least_float32,
+    embedder,
+    modulate,
+    rotate,
+    sinusoids,
+    two_layers,
+)
 from piflow_dist.models.lora import apply_linear
 from piflow_dist.models.transformer import Rule, Transformer
 
@@ -43,7 +53,7 @@ class TimestepEmbedder(nn.Module):
 
 def embed(module: nn.Module, value_B: Tensor, dtype: torch.dtype, adapted: bool) -> Tensor:
     # The published models round the value to the network's dtype before the sinusoids.
-    return two_layers(module, sinusoids(1000 * value_B.to(dtype).float()).to(dtype), adapted)
+    return two_layers(module, sinusoids(1000 * at_least_float32(value_B.to(dtype))).to(dtype), adapted)
 
 
 @lru_cache(maxsize=64)
@@ -186,12 +196,13 @@ class QwenImage(Transformer):
         text_BLD: Tensor,
         mask_BL: Tensor | None,
         guidance_B: Tensor | None = None,
+        span_B: Tensor | None = None,
         adapted: bool = True,
     ) -> Tensor | dict[str, Tensor]:
         dtype, (H, W) = self.txt_norm.weight.dtype, x_BCHW.shape[-2:]
         image_BTD = apply_linear(self.img_in, pack(x_BCHW.to(dtype)), adapted)
         text_BLD = apply_linear(self.txt_in, self.txt_norm(text_BLD.to(dtype)), adapted)
-        temb_BD = self.time_text_embed(sigma_B, guidance_B, dtype, adapted)
+        temb_BD = self.add_span(self.time_text_embed(sigma_B, guidance_B, dtype, adapted), span_B, adapted)
         rotary_SE = rotary_angles(H // PATCH, W // PATCH, text_BLD.shape[1], self.axes, x_BCHW.device)
         mask_B11S = None if mask_BL is None else F.pad(mask_BL, (0, image_BTD.shape[1]), value=True)[:, None, None]
         for index, block in enumerate(self.transformer_blocks):

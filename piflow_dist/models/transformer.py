@@ -13,8 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from piflow_dist.config import ModelConfig
 from piflow_dist.models.heads import VelocityHead
-from piflow_dist.models.layers import FinalNorm
+from piflow_dist.models.layers import TIME_CHANNELS, FinalNorm, at_least_float32, embedder, sinusoids, two_layers
 from piflow_dist.models.weights import View
+
+SPAN_SCALE = 0.02
+"""Of a segment's length before its sinusoids. MeanFlow differentiates them: at the noise level's scale the fastest would turn 1000
+radians over a trajectory, and their derivative would be most of its target."""
 
 Split = Literal["column", "column, joined", "row", "partial norm", "shared input"]
 
@@ -28,10 +32,11 @@ class Rule:
 
 
 class Transformer(nn.Module):
-    """forward(x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B=None, adapted=True) -> what the head returns.
+    """forward(x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B=None, span_B=None, adapted=True) -> what the head returns.
 
     sigma is the noise level in [0, 1]; text is the prompt's embedding; mask is boolean over the padded text, or None;
-    guidance is the scale, for models with guidance_embeds and only for these; adapted switches adapters on (models/lora.py).
+    guidance is the scale, for models with guidance_embeds and only for these; span is the part of sigma that the step covers, for
+    heads that take it and only for these; adapted switches adapters on (models/lora.py).
 
     A subclass's __init__(config, head, tied=False) makes its layers, then calls add_output. tied: teacher and student on one
     frozen trunk. With adapters it is the student, without them the teacher, which keeps a final norm and head of its own.
@@ -67,6 +72,7 @@ class Transformer(nn.Module):
 
     def add_output(self, config: ModelConfig, head: nn.Module, tied: bool) -> None:
         self.norm_out, self.head = FinalNorm(config.width, self.shift_first), head
+        self.span_embedder = embedder(TIME_CHANNELS, config.width) if head.takes_span else None
         if tied:
             self.teacher_norm_out = FinalNorm(config.width, self.shift_first)
             self.teacher_head = VelocityHead(config.width, config.latent_channels, self.channels_last)
@@ -74,6 +80,18 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if name in self.unread:
                 parameter.requires_grad_(False)
+
+    def add_span(self, temb_BD: Tensor, span_B: Tensor | None, adapted: bool) -> Tensor:
+        """The time embedding, and that of the segment's length for heads that take it. A teacher's pass (adapted=False) has none."""
+        if (span_B is None) != (self.span_embedder is None or not adapted):
+            raise ValueError(
+                f"span_B is {'missing' if span_B is None else 'given'}, but this pass is of a "
+                f"{'student that takes it' if span_B is None else 'network that does not take it'} (policy.type=mean does)."
+            )
+        if span_B is None:
+            return temb_BD
+        waves = sinusoids(1000 * SPAN_SCALE * at_least_float32(span_B)).to(temb_BD.dtype)
+        return temb_BD + two_layers(self.span_embedder, waves, adapted)
 
     def output(self, adapted: bool) -> tuple[nn.Module, nn.Module]:
         """The final norm and head of a pass."""

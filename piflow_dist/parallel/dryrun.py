@@ -7,7 +7,7 @@ size, the policy (whose substeps depend on values) on the CPU at a smaller laten
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from piflow_dist.config import Config
+from piflow_dist.distill.baselines import meanflow_step, shortcut_step
 from piflow_dist.distill.objectives import (
     Batch,
     build_schedule,
@@ -27,10 +28,11 @@ from piflow_dist.distill.objectives import (
     imitation_datafree_step,
 )
 from piflow_dist.models.architecture import architecture, plan_model, shape_tied
+from piflow_dist.models.derivative import forward_derivative
 from piflow_dist.models.lora import LoraLinear
 from piflow_dist.models.transformer import Transformer
 from piflow_dist.parallel.topology import Topology
-from piflow_dist.parallel.tracker import Messages, Peak, Record, Tracker, fused_attention
+from piflow_dist.parallel.tracker import Messages, Peak, Record, Tracker, fused_attention, whole_attention
 from piflow_dist.parallel.zero import DTYPES
 
 SUB_GROUP_ELEMENTS = 1_000_000_000
@@ -243,6 +245,10 @@ def trace_depth(
                     imitation_data_step(student, teacher, batch, config, schedule, step, 1.0, generator)
                 case "imitation_datafree":
                     imitation_datafree_step(student, teacher, batch, config, schedule, step, 1.0, generator)
+                case "meanflow":
+                    meanflow_step(student, teacher, batch, config, schedule, 1.0, generator)
+                case "shortcut_regression":
+                    shortcut_step(student, teacher, batch, config, schedule, 1.0, generator)
                 case unknown:
                     raise ValueError(f"objective={unknown} has no training step.")
     return tracker.record
@@ -272,6 +278,15 @@ class TracedStudent:
         shrunk = tree_map(lambda value: Shrink.apply(value, small, self.tracker), outputs)
         self.tracker.record.kept = max(self.tracker.record.kept, self.tracker.network)
         return shrunk
+
+    def derivative(self, inputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> Tensor:
+        with self.tracker.during("derivative"), whole_attention():
+            forward_derivative(
+                lambda *values: self.module(*values)["mean"],
+                on_meta(inputs[0], self.latent, inputs[1:]),
+                on_meta(tangents[0], self.latent, tangents[1:]),
+            )
+        return torch.randn_like(inputs[0])
 
     def backward(self, loss: Tensor) -> None:
         with self.tracker.during("backward"):

@@ -287,6 +287,7 @@ def step_traffic(config: Config, share: RankBytes, record: Record, micro_batches
     )
     # Recomputed blocks stay gathered from their second forward pass to their backward pass.
     over_data_parallel("all-gather of weights, backward", passes["backward"] * micro_batches, share.student_pass)
+    over_data_parallel("all-gather of weights, derivative", passes["derivative"] * micro_batches, share.student_pass)
     over_data_parallel("all-gather of weights, teacher", passes["teacher"] * micro_batches, share.teacher_pass)
     muon = config.optim.type == "muon"  # DeepSpeed's Muon wants whole gradients
     name = "all-reduce of gradients" if muon else "reduce-scatter of gradients"

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
+from piflow_dist.models.derivative import differentiating
 from piflow_dist.models.lora import LoraLinear
 from piflow_dist.models.transformer import Rule, Split, Transformer
 
@@ -102,6 +103,16 @@ def split_parameter(whole: nn.Parameter, dim: int, part: slice) -> nn.Parameter:
     return parameter
 
 
+def copy_to_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Identity whose gradient is summed over the group. (Megatron's functions have no forward-mode derivative.)"""
+    return x if differentiating() else copy_to_tensor_model_parallel_region(x, group)
+
+
+def sum_over_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the group, whose gradient is the same for all ranks."""
+    return Sum.apply(x, group) if differentiating() else reduce_from_tensor_model_parallel_region(x, group)
+
+
 class CopyTo(nn.Module):
     """Identity whose gradient is summed over the group: every rank goes on with its own channels."""
 
@@ -110,14 +121,14 @@ class CopyTo(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        return copy_to_tensor_model_parallel_region(x, self.group)
+        return copy_to_group(x, self.group)
 
 
 class ReduceFrom(CopyTo):
     """Sum over the group, whose gradient is the same for all ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return reduce_from_tensor_model_parallel_region(x, self.group)
+        return sum_over_group(x, self.group)
 
 
 def share(size: int, group: dist.ProcessGroup, name: str) -> slice:
@@ -172,7 +183,7 @@ class ColumnLinear(ColumnParallelLinear):
         self.joined = joined
 
     def forward(self, x: Tensor) -> Tensor:
-        y, _ = super().forward(x)
+        y = F.linear(x, self.weight, self.bias) if differentiating() else super().forward(x)[0]
         return Join.apply(y, self.tp_group) if self.joined else y
 
 
@@ -197,6 +208,8 @@ class RowLinear(RowParallelLinear):
         take(self.bias, linear.bias, (slice(None),))
 
     def forward(self, x: Tensor) -> Tensor:
+        if differentiating():
+            return Sum.apply(F.linear(x, self.weight), self.tp_group) + self.bias
         return super().forward(x)[0]
 
 
@@ -208,7 +221,7 @@ class PartialNorm(nn.Module):
         self.weight, self.eps, self.group = norm.weight, norm.eps, group
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = copy_to_tensor_model_parallel_region(self.weight, self.group)
+        weight = copy_to_group(self.weight, self.group)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
@@ -220,7 +233,7 @@ class PartialLinear(nn.Module):
         self.weight, self.group = linear.weight, group
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, copy_to_tensor_model_parallel_region(self.weight, self.group))
+        return F.linear(x, copy_to_group(self.weight, self.group))
 
 
 class SharedInput:
@@ -230,7 +243,7 @@ class SharedInput:
         self.group = group
 
     def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
-        return tuple(copy_to_tensor_model_parallel_region(x, self.group) if is_real(x) else x for x in inputs)
+        return tuple(copy_to_group(x, self.group) if is_real(x) else x for x in inputs)
 
 
 def is_real(value: object) -> bool:
@@ -253,3 +266,22 @@ class Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
         return grad.chunk(ctx.group.size(), dim=-1)[ctx.group.rank()].contiguous(), None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, _: None) -> Tensor:  # noqa: ANN001
+        return Join.forward(ctx, tangent, ctx.group)
+
+
+class Sum(torch.autograd.Function):
+    """Sum over the group, of values and of their forward-mode derivatives."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ANN001
+        ctx.group = group
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, _: None) -> Tensor:  # noqa: ANN001
+        return Sum.forward(ctx, tangent, ctx.group)

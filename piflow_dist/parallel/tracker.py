@@ -150,6 +150,16 @@ def fused_attention(tracker: Tracker) -> Iterator[None]:
         F.scaled_dot_product_attention = real
 
 
+@contextmanager
+def whole_attention() -> Iterator[None]:
+    """Inside fused_attention: torch's own again, which the derivative's pass forms whole."""
+    planned, F.scaled_dot_product_attention = F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = planned
+
+
 class _Attention(torch.autograd.Function):
     """Queries (B,N,S,E), keys and values (B,N,R,E) -> (B,N,S,E), laid out (B,S,N,E) as the kernels return it."""
 

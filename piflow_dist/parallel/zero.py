@@ -4,15 +4,18 @@ DeepSpeed flattens a rank's shards into a few buffers ("sub-groups"). Checkpoint
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from piflow_dist.config import OptimConfig, ParallelConfig
+from piflow_dist.models.derivative import forward_derivative
 from piflow_dist.models.transformer import Transformer
 from piflow_dist.models.weights import WeightSource, check_fits
 from piflow_dist.parallel.loading import load_sharded
@@ -114,6 +117,31 @@ def shard(module: Transformer, source: WeightSource | None, topology: Topology, 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+class Untouched:
+    """In place of the autograd functions by which ZeRO-3 learns that a backward pass has reached a module."""
+
+    @staticmethod
+    def apply(value: Tensor) -> Tensor:
+        return value
+
+
+@contextmanager
+def forward_mode(module: nn.Module) -> Iterator[None]:
+    """ZeRO-3 gathers and frees weights as in every pass without gradients, but puts nothing in the way that has no forward-mode
+    derivative: its marks for the backward pass, and its memory-efficient linear layer."""
+    hooked = [part for part in module.modules() if "pre_bwd_fn" in part.__dict__]
+    marks = [(part.pre_bwd_fn, part.post_bwd_fn) for part in hooked]
+    linear, F.linear = F.linear, torch._C._nn.linear
+    try:
+        for part in hooked:
+            part.pre_bwd_fn = part.post_bwd_fn = Untouched
+        yield
+    finally:
+        F.linear = linear
+        for part, (before, after) in zip(hooked, marks, strict=True):
+            part.pre_bwd_fn, part.post_bwd_fn = before, after
+
+
 class FrozenModel:
     """A model without optimiser whose weights are sharded over the data-parallel ranks."""
 
@@ -186,6 +214,19 @@ class TrainedModel:
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
+
+    def derivative(self, inputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> Tensor:
+        """Of the mean velocity, along the tangents of the inputs (models/derivative.py); without dropout.
+
+        Past the engine, as the tied teacher's passes are.
+        """
+        module, training = self.engine.module, self.engine.module.training
+        module.eval()
+        try:
+            with forward_mode(module):
+                return forward_derivative(lambda *values: module(*values)["mean"], inputs, tangents)
+        finally:
+            module.train(training)
 
     def step(self, lr_scale: float, clip: float) -> StepResult:
         """Reduce, clip to norm `clip` (0: not at all) and update with the configured learning rates times lr_scale."""

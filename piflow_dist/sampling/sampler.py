@@ -27,7 +27,7 @@ from piflow_dist.models.heads import make_policy
 from piflow_dist.models.pretrained import load_model
 from piflow_dist.parallel.environment import find_place
 from piflow_dist.parallel.topology import choose_device, die_with_parent
-from piflow_dist.policies import DXPolicy, GMFlowPolicy
+from piflow_dist.policies import DXPolicy, GMFlowPolicy, MeanPolicy
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request, part_path
 
 
@@ -66,9 +66,14 @@ class Sampler:
     def _student(self, noise_BCHW: Tensor, batch: Batch, generators: list[torch.Generator]) -> Tensor:
         run, config = self.request.run, self.request.config
 
-        def predict(x_BCHW: Tensor, sigma_B: Tensor, tau_B: Tensor) -> GMFlowPolicy | DXPolicy:
+        takes_span = run.policy.type == "mean"
+
+        def predict(
+            x_BCHW: Tensor, sigma_B: Tensor, tau_B: Tensor, end_B: Tensor | None = None
+        ) -> GMFlowPolicy | DXPolicy | MeanPolicy:
             guidance_B = guidance_input(run.model.guidance_embeds, run.distill.guidance.scale, sigma_B)
-            outputs = self.model(x_BCHW, sigma_B, batch.text_BLD, batch.mask_BL, guidance_B)
+            span_B = sigma_B - end_B if takes_span else None
+            outputs = self.model(x_BCHW, sigma_B, batch.text_BLD, batch.mask_BL, guidance_B, span_B)
             return make_policy(outputs, x_BCHW, sigma_B, run.policy, base_segment(run), self.schedule.shift)
 
         return policy_sample(
@@ -77,11 +82,12 @@ class Sampler:
             self.schedule,
             self.request.evaluations,
             final_step_size_scale=run.distill.final_step_size_scale,
-            trained_nfe=run.distill.nfe,
+            trained_nfe=None if run.objective == "meanflow" else run.distill.nfe,
             total_substeps=config.substeps,
             temperature=self.request.temperature,
             h=float(config.h),
             generators=generators,
+            with_end=takes_span,
         )
 
 

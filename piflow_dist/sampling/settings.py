@@ -141,10 +141,11 @@ def build_request(config: SampleConfig) -> SampleRequest:
     checkpoint, run = resolve_source(config)
     load_dataset(run)
     refuse_idle_keys(config, run)
-    if config.nfe is not None and run.distils:
+    if config.nfe is not None and run.distils and run.objective != "meanflow":  # which knows all intervals
+        kind = {"dx": "a DX student", "mean": "a student of objective=shortcut_regression"}.get(run.policy.type)
         require(
-            run.policy.type == "gmflow" or config.nfe == run.distill.nfe,
-            f"nfe={config.nfe}: a DX student is sampled at the {run.distill.nfe} evaluations it was trained for.",
+            kind is None or config.nfe == run.distill.nfe,
+            f"nfe={config.nfe}: {kind} is sampled at the {run.distill.nfe} evaluations it was trained for.",
         )
         require(
             config.nfe >= run.distill.nfe,
@@ -170,7 +171,7 @@ def refuse_idle_keys(config: SampleConfig, run: Config) -> None:
         )
     require(
         kind == "teacher" or run.policy.type == "gmflow" or config.temperature == "auto",
-        f"temperature={config.temperature} is for GMFlow students, and source={config.source} has a DX policy. Leave it out.",
+        f"temperature={config.temperature} is for GMFlow students, and source={config.source} has policy.type={run.policy.type}. Leave it out.",
     )
 
 

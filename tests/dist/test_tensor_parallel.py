@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from test_zero import ADAMW, CLIPPED, DATAFREE, MIXED, SGD, TEACHING, TIED, Course, make_config, train_steps, whole
+from test_zero import ADAMW, CLIPPED, DATAFREE, MEANFLOW, MIXED, SGD, TEACHING, TIED, Course, make_config, train_steps, whole
 from torch.testing import assert_close
 
 WORLDS = {"one": (1, 1), "dp2 x tp2": (4, 2), "tp2": (2, 2)}
@@ -21,6 +21,7 @@ SCENARIOS = {
     "tied-datafree-sgd": (*DATAFREE, *TIED, *SGD, "optim.lr=0.02", *CLIPPED),
     "recomputed-datafree-sgd": (*DATAFREE, *SGD, "optim.lr=0.02", *CLIPPED, "parallel.recompute_every=2"),
     "datafree-sgd": (*DATAFREE, *SGD, "optim.lr=0.02", *CLIPPED),
+    "tied-meanflow": (*MEANFLOW, *TIED, *ADAMW, *CLIPPED),
 }
 SAVED = "mixed-adamw"
 

@@ -146,6 +146,16 @@ def test_values_that_cannot_work(override: str, said: str) -> None:
     [
         (("distill.teacher=null",), "Set distill.teacher"),
         (("data.caption_dropout=0.1",), "data.caption_dropout=0"),
+        (("objective=meanflow",), "policy.type=gmflow is another kind of output. Set policy=mean."),
+        (("policy=mean",), "objective=meanflow or shortcut_regression"),
+        (
+            ("objective=meanflow", "policy=mean", "distill.meanflow.velocity=data"),
+            "distill.guidance.scale=1, or distill.meanflow.velocity=teacher",
+        ),
+        (("distill.meanflow.instant_share=1",), "no mean velocity would be learnt"),
+        (("distill.meanflow.weight_power=2",), "must lie in [0, 1]"),
+        (("distill.meanflow.velocity=student",), "teacher, data"),
+        (("distill.teacher_substeps=0",), "greater than zero"),
         (("distill.nfe=30", "distill.window_substeps=3"), "smaller window"),
         (("optim.type=muon", "optim.clip=1"), "optim.clip=0"),
         (("parallel.tp=16", "launch.processes=16"), "parallel.tp=16 does not divide the model's 24 attention heads"),
