@@ -74,17 +74,17 @@ def _describe_prompt_encoder(config: PrepareConfig, reader: SampleReader, open_i
 
 
 def pretrained_codec(config: PrepareConfig) -> dict[str, Any] | None:
-    """Its description, or None for the codec without weights."""
+    """Its description, or None for the codec without weights. The path is absolute: samplers start in other folders."""
     if config.codec == "block_dct":
         return None
-    return {"kind": config.codec, "path": str(Path(config.model_path)), "dtype": "float32"}
+    return {"kind": config.codec, "path": str(Path(config.model_path).absolute()), "dtype": "float32"}
 
 
 def pretrained_prompt_encoder(config: PrepareConfig) -> dict[str, Any] | None:
     """Its description, or None for those that are made of the captions."""
     if config.prompt_encoder in WITHOUT_WEIGHTS:
         return None
-    path = str(Path(config.model_path))
+    path = str(Path(config.model_path).absolute())
     return {"kind": config.prompt_encoder, "path": path, "dtype": "bfloat16", "max_tokens": config.max_tokens}
 
 

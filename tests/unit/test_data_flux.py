@@ -21,6 +21,7 @@ from data_pipeline.empty_prompt import read_empty_prompt
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import PrepareConfig, prepare
 from data_pipeline.prompts import load_prompt_encoder
+from data_pipeline.shared import pretrained_codec
 from data_pipeline.stream import LatentStream, read_all
 from data_pipeline.t5_clip import T5ClipEncoder
 
@@ -269,6 +270,9 @@ def test_classes_of_digits_and_what_is_refused(classes: Path, tmp_path: Path) ->
         prepare(wrong, **run)
     assert not (tmp_path / ".e.parts" / "plan.json").exists()
     assert prepare(settings(tmp_path / "e", classes, captions="folders"), **run).splits == {"train": 12}
+    assert pretrained_codec(PrepareConfig(out="x", codec="autoencoder_kl", model_path="vae"))["path"] == str(
+        Path.cwd() / "vae"
+    )
     with pytest.raises(FileNotFoundError, match="^path=nowhere does not exist"):
         prepare(settings(tmp_path / "f", Path("nowhere")), **run)
     assert PrepareConfig(out="x", prompt_encoder="class_labels").labels is None
