@@ -178,4 +178,6 @@ def test_the_dry_run_holds_what_zero_holds(measured: dict[str, list], teacher: P
             assert held == {key: planned[key] for key in HELD}, (world, name, rank)
             # A pass of a tied model does not read the other head, which is a good part of a tiny model.
             for phase, most in {"forward": "student_pass", "teacher": "teacher_pass", "backward": "student_pass"}.items():
-                assert 0.8 * planned[most] <= found[phase] <= planned[most] + found["padding"], (name, phase, found)
+                # In FLUX's DeepSpeed fetches a hundredth more between passes.
+                most_bytes = planned[most] * (1.02 if name == "flux" else 1) + found["padding"]
+                assert 0.8 * planned[most] <= found[phase] <= most_bytes, (name, phase, found)
