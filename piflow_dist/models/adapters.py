@@ -32,7 +32,6 @@ from piflow_dist.models.weights import WeightSource, misfits
 
 RECIPE = "piflow_dist.json"
 """What our exports add and published loaders ignore: the schedule, steps and guidance of the training, and which base it had."""
-PUBLISHED_NFE, PUBLISHED_LAST, PUBLISHED_SHIFT = 4, 0.5, 3.2
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def read_student(folder: Path) -> ExportedStudent:
     weights = DiffusersWeights(folder, model)
     published = read_policy(path, found, weights.metadata, weights.shapes())
     recipe = read_json_file(folder / RECIPE) if (folder / RECIPE).is_file() else {}
-    schedule, distill = read_recipe(folder / RECIPE, recipe)
+    schedule, distill = read_recipe(folder / RECIPE, recipe, model)
     if published.shift is not None:
         schedule, distill = fit_to_dx(folder, schedule, distill, published.segment_size, published.shift)
     whole = f"{architecture(model).image_layer}.weight" in weights.shapes()
@@ -102,14 +101,16 @@ def student_folder(source: str) -> Path | None:
     return folder if folder is not None and is_student(read_json_file(folder / "config.json")) else None
 
 
-def read_recipe(path: Path, recipe: dict[str, Any]) -> tuple[ScheduleConfig, DistillConfig]:
+def read_recipe(path: Path, recipe: dict[str, Any], model: ModelConfig) -> tuple[ScheduleConfig, DistillConfig]:
     """How a student was trained and is sampled; where the folder does not say it, as published."""
-    schedule = {"shift": PUBLISHED_SHIFT, **recipe.get("schedule", {})}
+    published = architecture(model).published
+    schedule = {"shift": published.shift, **recipe.get("schedule", {})}
     usual = {
-        "nfe": PUBLISHED_NFE,
-        "final_step_size_scale": PUBLISHED_LAST,
-        "window_substeps": 0,
-    }  # a window is for training
+        "nfe": published.nfe,
+        "final_step_size_scale": published.final_step_size_scale,
+        "window_substeps": 0,  # a window is for training
+        "guidance": {"scale": published.guidance},
+    }
     distill = {**usual, **recipe.get("distill", {})}
     try:
         return config_from(schedule, ScheduleConfig), config_from(distill, DistillConfig)
@@ -199,13 +200,16 @@ def student_config(student: ExportedStudent, base: str | None, dataset: str) -> 
 def teacher_config(folder: Path, dataset: str) -> Config:
     """The configuration of a run that would have this teacher, which is in diffusers' layout."""
     recipe = read_json_file(folder / RECIPE) if (folder / RECIPE).is_file() else {}
-    return Config(
+    model = read_diffusers_config(folder)
+    config = Config(
         run_dir=str(folder),
         objective="flow_matching",
-        model=read_diffusers_config(folder),
-        schedule=read_recipe(folder / RECIPE, recipe)[0],
+        model=dataclasses.replace(model, guidance_embeds=False),
+        schedule=read_recipe(folder / RECIPE, recipe, model)[0],
         data=DataConfig(root=dataset),
     )
+    config.model = model  # flow matching could not train a guidance-distilled one, but it can be sampled
+    return config
 
 
 def weights_likeness(source: WeightSource, model: ModelConfig) -> str:

@@ -27,7 +27,7 @@ from piflow_dist.config import ConfigError, ModelConfig, require
 from piflow_dist.models.heads import PATCH, pack
 from piflow_dist.models.layers import TIME_CHANNELS, Mlp, at_least_float32, embedder, modulate, sinusoids, two_layers
 from piflow_dist.models.lora import apply_linear
-from piflow_dist.models.transformer import Rule, Transformer
+from piflow_dist.models.transformer import Published, Rule, Transformer
 from piflow_dist.models.weights import RowView, ScaledView, View, shape_of
 
 
@@ -119,6 +119,7 @@ class DiT(Transformer):
     image_layer = "pos_embed.proj"
     leaf_modules = (Block,)
     usual = ((32, 32), 1)
+    published = Published(nfe=1, final_step_size_scale=1.0, shift=1.0, guidance=3.2)
     channels_last, shift_first, packed = True, True, False
     classes = ("DiTTransformer2DModelMod", "GMDiTTransformer2DModelV2", "DXDiTTransformer2DModel")
     other_classes = (SIT, REPA)

@@ -32,7 +32,7 @@ from piflow_dist.models.layers import (
     two_layers,
 )
 from piflow_dist.models.lora import apply_linear
-from piflow_dist.models.transformer import Rule, Transformer, our_name
+from piflow_dist.models.transformer import Published, Rule, Transformer, our_name
 from piflow_dist.models.weights import RowView, View, shape_of
 
 MLP_RATIO = 4
@@ -222,6 +222,7 @@ class Flux(Transformer):
     leaf_modules = (DoubleBlock, SingleBlock)
     depths = ("num_layers", "num_single_layers")
     usual = ((128, 128), 513)
+    published = Published(guidance=3.5)
     classes = ("FluxTransformer2DModel", "GMFluxTransformer2DModel", "DXFluxTransformer2DModel")
     teacher_keys = (
         *("in_channels", "num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim"),

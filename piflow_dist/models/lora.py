@@ -64,7 +64,7 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
             detail = f"It matches {matches[0]}, which is no linear layer, or has an adapter. " if matches else ""
             raise ConfigError(
                 f"lora.targets: {target!r} matches no linear layer of the model. {detail}"
-                r"Names look like transformer_blocks\.0\.img_mlp\.net\.2."
+                f"Names look like {example(model)}."
             )
         whole = [name for name in layers if not name.startswith(model.adaptable)]
         if whole:
@@ -80,6 +80,12 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
             )
         for name in read:
             model.set_submodule(name, LoraLinear(model.get_submodule(name), config))
+
+
+def example(model: nn.Module) -> str:
+    """A target that would match, for messages."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return re.escape([name for name in linears if name.startswith(model.adaptable)][-1])
 
 
 def base_name(name: str) -> str:

@@ -31,6 +31,16 @@ class Rule:
     split: Split
 
 
+@dataclass(frozen=True)
+class Published:
+    """How the published students of an architecture are sampled, for folders that do not say it. The defaults are Qwen-Image's."""
+
+    nfe: int = 4
+    final_step_size_scale: float = 0.5
+    shift: float = 3.2
+    guidance: float = 4.0
+
+
 class Transformer(nn.Module):
     """forward(x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B=None, span_B=None, adapted=True) -> what the head returns.
 
@@ -54,6 +64,7 @@ class Transformer(nn.Module):
     """The fields of ModelConfig that count blocks of each kind, in the order of the blocks."""
     usual: ClassVar[tuple[tuple[int, int], int]] = ((128, 128), 512)
     """Latent size and text length that plans assume where there is no data."""
+    published: ClassVar[Published] = Published()
     channels_last: ClassVar[bool] = False
     """Of the head's outputs for a patch: pixels before channels, as DiT has them, or channels before pixels."""
     shift_first: ClassVar[bool] = False

@@ -166,6 +166,12 @@ def test_exports_sample_their_checkpoints_images(
     assert_close(got, latents(source, **own), rtol=0, atol=1e-5 if (name, kind) == ("flux-tied", "merged") else 0)
 
 
+def test_a_guidance_distilled_teacher_is_sampled_at_a_scale(folder: Path) -> None:
+    options = {"dataset": str(folder / "flux_data"), "steps": 2}
+    mild, strong = (latents(folder / "flux", guidance=scale, **options) for scale in (3.5, 7.0))
+    assert (mild - strong).abs().max() > 1e-3
+
+
 def test_an_adapter_of_flux_is_the_published_layout(outcomes: dict[str, list], folder: Path, tmp_path: Path) -> None:
     """diffusers' own class with N times the outputs, the base's weights and peft's adapters: the student's velocities."""
     from data_pipeline.compat import repair_torchvision

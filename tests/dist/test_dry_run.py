@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from piflow_dist.config import Config, load_config
 
-COMMON = (*TINY, "policy.num_components=3", "policy.logstd_inner_dim=15", "train.batch_size=4", "data.root=x", "run_dir=x")
+COMMON = (*TINY[1:], "policy.num_components=3", "policy.logstd_inner_dim=15", "train.batch_size=4", "data.root=x", "run_dir=x")
 TIED = ("mode=tied", "lora.rank=3")
+FLUX_TARGETS = r"lora.targets=['transformer_blocks\.\d+\.ff(_context)?\.net\.2','single_transformer_blocks\.\d+\.proj_(mlp|out)']"
 SCENARIOS = {
     "tied": (*TIED, "train.dtype=bf16", "parallel.recompute_every=1"),
     "tied, offloaded": (*TIED, "parallel.offload_optimizer=true"),
@@ -22,6 +23,8 @@ SCENARIOS = {
     "full, all shared out": ("mode=full", "parallel.persistence_threshold=0", "optim.type=sgd", "parallel.recompute_every=2"),
     "full, one kept whole": ("mode=full", "parallel.persistence_threshold=1024", "policy=dx", "policy.num_nodes=3"),
     "muon": ("mode=full", "optim=muon", "train.dtype=bf16"),
+    "flux": (*TIED, "model=flux_tiny", FLUX_TARGETS, "train.dtype=bf16", "parallel.recompute_every=1"),
+    "dit": ("model=dit_tiny", "mode=full", "train.dtype=bf16"),
 }
 HELD = ("weights", "kept_whole", "masters", "optimizer", "ema", "gradients")
 WORLDS = {"dp2": (2, 1), "tp2": (2, 2), "dp2 x tp2": (4, 2)}
@@ -33,8 +36,14 @@ def scenarios(tp: int) -> dict[str, tuple[str, ...]]:
 
 
 def make_config(name: str, world_size: int, tp: int, teacher: Path) -> Config:
-    world = (f"launch.processes={world_size}", f"parallel.tp={tp}", f"distill.teacher={teacher}")
-    return load_config([*COMMON, *SCENARIOS[name], *world])
+    options = [option for option in SCENARIOS[name] if not option.startswith("model=")]
+    world = (f"launch.processes={world_size}", f"parallel.tp={tp}", f"distill.teacher={teacher / model_of(name)}")
+    return load_config([f"model={model_of(name)}", *COMMON, *options, *world])
+
+
+def model_of(name: str) -> str:
+    chosen = [option.partition("=")[2] for option in SCENARIOS[name] if option.startswith("model=")]
+    return chosen[0] if chosen else "qwen_image_tiny"
 
 
 def measure_rank(rank: int, world_size: int, tp: int, teacher: Path) -> dict[str, dict[str, int]]:
@@ -80,8 +89,10 @@ def measure(config: Config, topology: Any) -> dict[str, int]:
         )
         engines.append(teacher.engine)
     ema = Ema(model.masters, config.ema.gamma, config.ema.start_step)
-    x, sigma = torch.randn(2, 16, 4, 4), torch.tensor([0.3, 0.9])
-    text, mask = torch.randn(2, 5, 64), torch.ones(2, 5, dtype=torch.bool)
+    shape = config.model
+    x, sigma = torch.randn(2, shape.latent_channels, 4, 4), torch.tensor([0.3, 0.9])
+    text, mask = torch.randn(2, 5, shape.joint_attention_dim), torch.ones(2, 5, dtype=torch.bool)
+    guidance = torch.tensor([3.5, 3.5]) if shape.guidance_embeds else None
     passes = {"forward": 0, "teacher": 0, "backward": 0}
     gather, phase = deepspeed.comm.allgather_fn, "forward"
 
@@ -93,10 +104,10 @@ def measure(config: Config, topology: Any) -> dict[str, int]:
     try:
         for _ in range(3):  # the first pass also gathers what is kept whole; DeepSpeed then learns the order of modules
             passes, phase = dict.fromkeys(passes, 0), "forward"
-            outputs = model(x, sigma, text, mask)
+            outputs = model(x, sigma, text, mask, guidance)
             phase = "teacher"
             with torch.no_grad():
-                teacher(x, sigma, text, mask)
+                teacher(x, sigma, text, mask, guidance)
             phase = "backward"
             model.backward(sum(value.square().mean() for value in outputs.values()))
     finally:
@@ -124,17 +135,25 @@ def size(tensors: list[torch.Tensor]) -> int:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model in diffusers' layout."""
+    """The tiny models in their published layouts."""
+    from piflow_dist.models.architecture import architecture, plan_model
     from piflow_dist.models.pretrained import INDEX
-    from piflow_dist.models.architecture import plan_model
+    from piflow_dist.models.published import model_json
 
-    folder = tmp_path_factory.mktemp("base") / "transformer"
-    folder.mkdir()
-    model = plan_model(load_config([*COMMON, "objective=flow_matching"]).model)
-    tensors = {name.removeprefix("head."): torch.full(p.shape, 0.01) for name, p in model.named_parameters()}
-    save_file(tensors, folder / "all.safetensors")
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "all.safetensors")}))
-    return folder
+    base = tmp_path_factory.mktemp("base")
+    for name in sorted({model_of(scenario) for scenario in SCENARIOS}):
+        folder = base / name
+        folder.mkdir()
+        config = load_config([f"model={name}", *COMMON, "distill.teacher=x"]).model
+        tensors = {}
+        for parameter, value in plan_model(config).named_parameters():
+            filled = torch.full(value.shape, 0.01)
+            kind = architecture(config)
+            tensors[kind.published_name(parameter)] = kind.to_published(parameter, filled, config).contiguous()
+        save_file(tensors, folder / "all.safetensors")
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "all.safetensors")}))
+        (folder / "config.json").write_text(json.dumps(model_json(config, None)))
+    return base
 
 
 @pytest.fixture(scope="module")
@@ -159,4 +178,6 @@ def test_the_dry_run_holds_what_zero_holds(measured: dict[str, list], teacher: P
             assert held == {key: planned[key] for key in HELD}, (world, name, rank)
             # A pass of a tied model does not read the other head, which is a good part of a tiny model.
             for phase, most in {"forward": "student_pass", "teacher": "teacher_pass", "backward": "student_pass"}.items():
-                assert 0.8 * planned[most] <= found[phase] <= planned[most] + found["padding"], (name, phase, found)
+                # In FLUX's DeepSpeed fetches a hundredth more between passes.
+                most_bytes = planned[most] * (1.02 if name == "flux" else 1) + found["padding"]
+                assert 0.8 * planned[most] <= found[phase] <= most_bytes, (name, phase, found)
