@@ -17,8 +17,8 @@ from piflow_dist.models.layers import TIME_CHANNELS, FinalNorm, at_least_float32
 from piflow_dist.models.weights import View
 
 SPAN_SCALE = 0.02
-"""Of a segment's length before its sinusoids. MeanFlow differentiates them: at the noise level's scale the fastest would turn 1000
-radians over a trajectory, and their derivative would be most of its target."""
+"""Of a segment's length before its sinusoids, the fastest of which then turns 20 radians over a trajectory. MeanFlow's target holds
+their derivative, which would be fifty times as large at the noise level's own scale."""
 
 Split = Literal["column", "column, joined", "row", "partial norm", "shared input"]
 

@@ -89,11 +89,11 @@ def joined(ranks: list[Course], tp: int, kind: str = "shards") -> dict[str, torc
     return weights
 
 
-def assert_same_training(found: list[Course], tp: int, want: Course) -> None:
+def assert_same_training(found: list[Course], tp: int, want: Course, rtol: float = 1e-6) -> None:
     assert min(want.norms[2:]) > 1.5 * 0.05, want.norms  # clipping binds
     for course in found:
-        assert_close(course.losses, want.losses, rtol=1e-6, atol=0)
-        assert_close(course.norms, want.norms, rtol=1e-6, atol=0)
+        assert_close(course.losses, want.losses, rtol=rtol, atol=0)
+        assert_close(course.norms, want.norms, rtol=rtol, atol=0)
     for kind in ("shards", "ema"):
         weights, wanted = joined(found, tp, kind), joined([want], 1, kind)
         assert weights.keys() == wanted.keys()
@@ -104,7 +104,9 @@ def assert_same_training(found: list[Course], tp: int, want: Course) -> None:
 @pytest.mark.parametrize("world", ["tp2", "dp2 x tp2"])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_trains_like_one_process(outcomes: dict[str, Any], name: str, world: str) -> None:
-    assert_same_training([rank[name] for rank in outcomes[world]], WORLDS[world][1], outcomes["one"][0][name])
+    # A derivative magnifies what the order of sums rounds away: the time embedding's sinusoids turn 1000 radians.
+    rtol = 1e-5 if name == "tied-meanflow" else 1e-6
+    assert_same_training([rank[name] for rank in outcomes[world]], WORLDS[world][1], outcomes["one"][0][name], rtol)
 
 
 @pytest.mark.parametrize(("world", "saver"), [("dp2 x tp2", 1), ("tp2", 1), ("tp2", 4), ("one again", 4)])
