@@ -119,7 +119,9 @@ def read_latents(path: Path) -> Tensor:
 def _stack(path: Path, tensors: list[Tensor], what: str) -> Tensor:
     shapes = sorted({tuple(tensor.shape) for tensor in tensors})
     if len(shapes) > 1:
-        raise EvaluationError(f"{path} holds {what} of several sizes ({shapes}). Sample each size into a folder of its own.")
+        raise EvaluationError(
+            f"{path} holds {what} of several sizes ({shapes}). Sample each size into a folder of its own."
+        )
     return torch.stack(tensors)
 
 
@@ -198,4 +200,3 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if meta["images"] < 1:
         raise EvaluationError(f"{path}: images={meta['images']}, nothing was sampled.")
     return meta
-

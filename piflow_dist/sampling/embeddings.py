@@ -57,5 +57,7 @@ class EmbeddingCache:
             short_LD = embedding_LD.bfloat16()
             with replacing(self.path(prompt)) as temporary:
                 # What encoders of two bytes answer is kept in two bytes, and nothing is rounded.
-                save_file({"embedding": short_LD if torch.equal(short_LD.float(), embedding_LD) else embedding_LD}, temporary)
+                save_file(
+                    {"embedding": short_LD if torch.equal(short_LD.float(), embedding_LD) else embedding_LD}, temporary
+                )
         return reasons

@@ -18,7 +18,12 @@ class FailureLog:
     def add(self, images: list[ImageRequest], reason: str) -> None:
         with open(self.path, "a") as file:
             for image in images:
-                line = {"index": image.index, "prompt_index": image.prompt_index, "seed": image.seed, "prompt": image.prompt}
+                line = {
+                    "index": image.index,
+                    "prompt_index": image.prompt_index,
+                    "seed": image.seed,
+                    "prompt": image.prompt,
+                }
                 file.write(json.dumps({**line, "reason": reason}) + "\n")
 
 

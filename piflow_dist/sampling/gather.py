@@ -92,7 +92,9 @@ def manifest_line(request: SampleRequest, image: ImageRequest) -> dict:
 
 def write_contact_sheet(out: Path, made: list[ImageRequest]) -> None:
     """The first images in small, in reading order; a line per prompt where all prompts have the same few seeds."""
-    per_prompt = {sum(image.prompt_index == index for image in made) for index in {image.prompt_index for image in made}}
+    per_prompt = {
+        sum(image.prompt_index == index for image in made) for index in {image.prompt_index for image in made}
+    }
     same = per_prompt.pop() if len(per_prompt) == 1 else 1
     columns = same if 1 < same <= SHEET_COLUMNS else SHEET_COLUMNS
     shown = made[: SHEET_IMAGES // columns * columns]
@@ -130,4 +132,4 @@ def describe(request: SampleRequest, made: list[ImageRequest], failed: int) -> d
     }
     if request.kind == "teacher":
         return meta
-    return {**meta, "nfe": request.evaluations, "policy": request.run.policy.type, "temperature": request.temperature}
+    return {**meta, "policy": request.run.policy.type}

@@ -109,7 +109,9 @@ def list_images(lines: Iterable[dict[str, Any]], seeds: list[int], size: tuple[i
         )
         require(min(own) >= 0, f"prompt {prompt_index} has the seed {min(own)}, which is negative.")
         height, width = line.get("height", size[0]), line.get("width", size[1])
-        images += [ImageRequest(len(images) + i, prompt_index, line["prompt"], s, height, width) for i, s in enumerate(own)]
+        images += [
+            ImageRequest(len(images) + i, prompt_index, line["prompt"], s, height, width) for i, s in enumerate(own)
+        ]
     return images
 
 
@@ -117,7 +119,9 @@ def to_uint8(image_chw: Tensor) -> Tensor:
     return ((image_chw.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def save_image(out: Path, image: ImageRequest, pixels_chw: Tensor, latents_CHW: Tensor | None, info: dict[str, Any]) -> None:
+def save_image(
+    out: Path, image: ImageRequest, pixels_chw: Tensor, latents_CHW: Tensor | None, info: dict[str, Any]
+) -> None:
     """pixels uint8; info becomes PNG metadata beside prompt and seed. Latents first: where the PNG is, they are."""
     if latents_CHW is not None:
         with replacing(out / image.latents_file) as temporary:

@@ -161,7 +161,12 @@ class Saver:
 
 
 def encode_prompts(
-    request: SampleRequest, images: list[ImageRequest], cache: EmbeddingCache, failures: FailureLog, topology: Topology, control: Control
+    request: SampleRequest,
+    images: list[ImageRequest],
+    cache: EmbeddingCache,
+    failures: FailureLog,
+    topology: Topology,
+    control: Control,
 ) -> list[ImageRequest]:
     """Fill the cache, every rank with prompts of its own, and return the images whose prompt has an embedding."""
     prompts = sorted({image.prompt for image in images} | {""})

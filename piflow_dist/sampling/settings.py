@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +202,14 @@ class SampleRequest:
 
     def settings(self) -> dict[str, Any]:
         """What the pixels depend on beside prompt, seed, size and weights."""
-        names = [*ONLY_OF[self.kind], "shift", "ema"]
-        return {"kind": self.kind, "dtype": self.dtype} | {name: getattr(self.config, name) for name in names}
+        config, common = (
+            self.config,
+            {"kind": self.kind, "dtype": self.dtype, "shift": self.config.shift, "ema": self.config.ema},
+        )
+        if self.kind == "teacher":
+            return common | {"steps": config.steps, "guidance": config.guidance}
+        sampler = {"temperature": self.temperature, "h": f"{float(config.h):g}", "substeps": config.substeps}
+        return common | {"nfe": self.evaluations, **sampler}
 
     def identity(self) -> dict[str, Any]:
         """Everything the images of the folder depend on, whole models by their hash."""
