@@ -64,7 +64,9 @@ class SampleBenchmark(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.distils, f"objective={self.objective} has no student to sample. Use experiment=qwen_gmm or another.")
+        require(
+            self.distils, f"objective={self.objective} has no student to sample. Use experiment=qwen_gmm or another."
+        )
         require(self.launch.processes == 1, f"launch.processes={self.launch.processes}: only one process is measured.")
 
 
@@ -102,12 +104,12 @@ class Contestant:
         self.sampler = Sampler(request, meter.wrap("network", module), RandomEmbeddings(config), device)
         for folder in ("images", "latents", "failures"):
             (request.out / folder).mkdir(parents=True, exist_ok=True)
-        self.saver = Saver(request, load_decoder(request, device), FailureLog(request.out, 0))
+        self.saver = Saver(request, load_decoder(request, device), FailureLog(request.out, 0), device)
 
     def batch(self) -> None:
         for piece in self.sampler.pieces(self.request.images):
             with self.meter.part("policy and schedule"):
-                latents_nCHW = self.sampler.sample(piece)
+                latents_nCHW = self.sampler.sample(piece).cpu()
             with self.meter.part("decoding and files"):
                 self.saver.save(piece, latents_nCHW, 1.0)
                 self.saver.finish()
@@ -141,7 +143,9 @@ def benchmark(overrides: list[str]) -> None:
         report(config, device, contestants, {name: measure(each, config) for name, each in contestants.items()})
 
 
-def report(config: SampleBenchmark, device: torch.device, contestants: dict, seconds: dict[str, dict[str, float]]) -> None:
+def report(
+    config: SampleBenchmark, device: torch.device, contestants: dict, seconds: dict[str, dict[str, float]]
+) -> None:
     bench = config.bench
     name = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     millions = sum(parameter.numel() for parameter in plan_model(config.model).parameters()) / 1e6
@@ -150,7 +154,11 @@ def report(config: SampleBenchmark, device: torch.device, contestants: dict, sec
         f"{bench.latent} x {bench.latent} latents, text of {bench.text_length}; {name}, torch {torch.__version__}"
     )
     parts = ("network", "policy and schedule", "decoding and files")
-    print(f"{'':10}{'evaluations':>12}{'images/s':>12}" + "".join(f"{part:>22}" for part in parts) + "   (share of seconds)")
+    print(
+        f"{'':10}{'evaluations':>12}{'images/s':>12}"
+        + "".join(f"{part:>22}" for part in parts)
+        + "   (share of seconds)"
+    )
     rates = {}
     for name, found in seconds.items():
         whole = sum(found.values())

@@ -135,13 +135,13 @@ def load_decoder(request: SampleRequest, device: torch.device) -> Codec:
 class Saver:
     """Decodes and writes images, the files beside the next evaluation: compressing pixels takes no GPU."""
 
-    def __init__(self, request: SampleRequest, codec: Codec, failures: FailureLog):
-        self.request, self.codec, self.failures = request, codec, failures
+    def __init__(self, request: SampleRequest, codec: Codec, failures: FailureLog, device: torch.device):
+        self.request, self.codec, self.failures, self.device = request, codec, failures, device
         self.writer, self.waiting = ThreadPoolExecutor(1), list[Future]()
         self.info = {"source": str(request.checkpoint), **request.settings()}
 
     def save(self, images: list[ImageRequest], latents_nCHW: Tensor, seconds: float) -> None:
-        """seconds: that sampling them took, kept with each image's share for the folder's rate."""
+        """latents on the CPU. seconds: that sampling them took, whose share is kept with each image for the folder's rate."""
         self.finish()
         info = {**self.info, "seconds": seconds / len(images)}
         for image, latents_CHW in zip(images, latents_nCHW, strict=True):
@@ -149,8 +149,8 @@ class Saver:
                 self.failures.add([image], "its latents are not finite: the weights or the settings diverge.")
                 continue
             # One by one: a VAE's memory is that of one image, and its last bits do not depend on the others.
-            pixels_chw = to_uint8(self.codec.decode(latents_CHW[None])[0])
-            kept = latents_CHW.float().cpu() if self.request.config.latents else None
+            pixels_chw = to_uint8(self.codec.decode(latents_CHW[None].to(self.device))[0])
+            kept = latents_CHW if self.request.config.latents else None
             self.waiting.append(self.writer.submit(save_image, self.request.out, image, pixels_chw, kept, info))
 
     def finish(self) -> None:
@@ -198,15 +198,15 @@ def run(request: SampleRequest, topology: Topology, control: Control) -> None:
     sampler = Sampler(request, load_network(request, topology), cache, topology.device)
     pieces = sampler.pieces(images)
     mine = pieces[topology.dp_rank :: topology.dp_size]
-    saver = Saver(request, codec, failures)
+    saver = Saver(request, codec, failures, topology.device)
     before = len(request.images) - len(absent)
     with StepProgress(out.name, len(request.images), start=before, every=1) as progress:
         began = time.perf_counter()
         for piece in mine:
             start = time.perf_counter()
-            latents_nCHW = sampler.sample(piece).cpu()
+            latents_nCHW = sampler.sample(piece).cpu()  # waits for the device
             if topology.tp_rank == 0:
-                saver.save(piece, latents_nCHW.to(topology.device), time.perf_counter() - start)
+                saver.save(piece, latents_nCHW, time.perf_counter() - start)
             if topology.is_main:
                 done = count_whole(out)  # of all ranks
                 progress.update(done, f"{(done - before) / (time.perf_counter() - began):.3g} images/s")

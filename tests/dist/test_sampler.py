@@ -244,6 +244,24 @@ def test_what_a_folder_holds(student_images: Path, made: Path) -> None:
     assert not (made / "no-latents" / "latents").exists() and load_samples(made / "no-latents").latents_BCHW is None
 
 
+def test_samples_are_a_child_of_the_trainings_mlflow_run(student_run: Path, student_images: Path) -> None:
+    import mlflow
+
+    from piflow_dist.sampling.publish import publish
+    from piflow_dist.tracking.tracker import read_run_id, tracking_uri
+
+    options = (*STUDENT, "mlflow=true")
+    request = build_request(load_config([f"source={student_run}", f"out={student_images}", *options], SampleConfig, "sample"))
+    publish(request)
+    client, training = mlflow.MlflowClient(tracking_uri=tracking_uri(request.run)), read_run_id(student_run)
+    (child,) = client.search_runs(
+        [client.get_run(training).info.experiment_id], f"tags.`mlflow.parentRunId` = '{training}'"
+    )
+    assert child.data.params["h"] == "0.5" and child.info.status == "FINISHED"
+    found = {file.path for file in client.list_artifacts(child.info.run_id, "samples")}
+    assert found == {f"samples/{name}" for name in ("contact_sheet.png", "manifest.jsonl", "meta.json")}
+
+
 # What a kill leaves, and what fails.
 
 
