@@ -126,6 +126,7 @@ class QwenImageCodec:
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         raw_BCHW = latents_BCHW.float() * self._std_1C11 + self._mean_1C11
+        tile_where_large(self._vae, latents_BCHW.shape[2] * latents_BCHW.shape[3] * self.downscale**2)
         return self._vae.decode(raw_BCHW.to(self._dtype).unsqueeze(2)).sample.squeeze(2).float().clamp(-1, 1)
 
     def describe(self) -> dict[str, Any]:
@@ -175,10 +176,22 @@ class AutoencoderKLCodec:
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         raw_BCHW = latents_BCHW.float() / self._scale + self._shift
+        tile_where_large(self._vae, latents_BCHW.shape[2] * latents_BCHW.shape[3] * self.downscale**2)
         return self._vae.decode(raw_BCHW.to(self._dtype)).sample.float().clamp(-1, 1)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "autoencoder_kl", "path": self._path, "dtype": str(self._dtype).removeprefix("torch.")}
+
+
+def tile_where_large(vae: Any, pixels: int) -> None:
+    """Let diffusers' VAE decode an image of more than PIXELS_AT_ONCE in overlapping tiles: its memory grows with the pixels.
+
+    By the image's own size alone, as tiles change the pixels at their borders a little.
+    """
+    if pixels > PIXELS_AT_ONCE:
+        vae.enable_tiling()
+    else:
+        vae.disable_tiling()
 
 
 def load_codec(description: Mapping[str, Any], device: str | torch.device = "cpu") -> Codec:

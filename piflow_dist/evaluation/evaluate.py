@@ -147,8 +147,7 @@ class Judge:
         results.add("psnr_db", lambda: metrics.psnr_per_image(*images).mean().item())
         results.add("psnr_pooled_db", metrics.psnr_pooled, *images)
         results.add("frechet_reference", metrics.frechet_distance, features_BD, reference_BD)
-        latents = (samples.latents_BCHW, reference.latents_BCHW)
-        results.add("latent_relative_error", metrics.latent_relative_error, *latents)
+        results.add("latent_relative_error", _latent_relative_error, samples, reference)
 
     def _check_size(self, samples: SampleFolder) -> None:
         mine, real = tuple(samples.images_BCHW.shape[1:]), tuple(self.test_images_BCHW.shape[1:])
@@ -248,6 +247,13 @@ def read_real_images(root: Path | str, split: str) -> tuple[Tensor, list[str]]:
         raise EvaluationError(f"The real images cannot be read: {error}") from error
     images_BCHW = torch.cat([codec.decode(chunk_BCHW) for chunk_BCHW in samples["latents"].split(256)])
     return ((images_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), list(samples["prompts"])
+
+
+def _latent_relative_error(samples: SampleFolder, reference: SampleFolder) -> float:
+    for folder in (samples, reference):
+        if folder.latents_BCHW is None:
+            raise NotMeasurable(f"{folder.path} holds no latents (latents=false).")
+    return metrics.latent_relative_error(samples.latents_BCHW, reference.latents_BCHW)
 
 
 def _images_per_second(samples: SampleFolder) -> float:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,10 +27,11 @@ class SampleFolder:
     path: Path
     images_BCHW: Tensor
     """uint8."""
-    latents_BCHW: Tensor
-    """float32, finite."""
+    latents_BCHW: Tensor | None
+    """float32, finite; None where the folder has none (latents=false)."""
     prompts: list[str]
     seeds: list[int]
+    files: list[Path]
     meta: dict[str, Any]
 
     @property
@@ -62,34 +65,76 @@ class SampleFolder:
 def load_samples(path: Path | str) -> SampleFolder:
     """Read and check a sample folder.
 
-    Raises EvaluationError where a file is missing or damaged, where the files disagree on the number of samples, or
-    where latents are not finite.
+    Raises EvaluationError where a file is missing or damaged, where the manifest does not number the images, where they
+    have several sizes, or where latents are not finite.
     """
     path = Path(path)
     if not path.is_dir():
         raise EvaluationError(f"{path} is not a folder. Give a folder that tools/sample.py wrote.")
     meta = _read_meta(path / "meta.json")
-    tensors = _read_tensors(path / "samples.safetensors")
-    lines = sorted(read_jsonl(path / "manifest.jsonl", ("index", "seed", "prompt")), key=lambda line: line["index"])
+    lines = read_jsonl(path / "manifest.jsonl", ("index", "seed", "prompt", "file"))
+    lines.sort(key=lambda line: line["index"])  # with gaps where an image could not be made
+    if len({line["index"] for line in lines}) != len(lines) or len(lines) != meta["images"]:
+        raise EvaluationError(
+            f"{path} does not hold one set of samples: {meta['images']} images in meta.json, {len(lines)} lines in "
+            "manifest.jsonl, each with an index of its own. Sample it again."
+        )
+    has_latents = all("latents" in line for line in lines)
+    return SampleFolder(
+        path=path,
+        images_BCHW=_stack(path, [read_image(path / line["file"]) for line in lines], "images"),
+        latents_BCHW=_finite(path, [read_latents(path / line["latents"]) for line in lines]) if has_latents else None,
+        prompts=[line["prompt"] for line in lines],
+        seeds=[line["seed"] for line in lines],
+        files=[path / line["file"] for line in lines],
+        meta=meta,
+    )
 
-    counts = {name: len(tensor) for name, tensor in tensors.items()} | {"manifest.jsonl": len(lines)}
-    if len(set(counts.values())) != 1 or [line["index"] for line in lines] != list(range(len(lines))) or not lines:
-        raise EvaluationError(f"{path} does not hold one set of samples, numbered from 0: {counts}. Sample it again.")
-    finite_B = tensors["latents"].isfinite().flatten(1).all(dim=1)
+
+def read_image(path: Path) -> Tensor:
+    """(c, h, w), uint8."""
+    try:
+        with Image.open(path) as picture:
+            pixels = torch.from_numpy(np.array(picture))
+    except FileNotFoundError as error:
+        raise EvaluationError(f"{path} is missing. Run tools/sample.py again.") from error
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:  # PIL's answers to damaged files
+        raise EvaluationError(f"{path} is damaged ({error}). Delete it, and run tools/sample.py again.") from error
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def read_latents(path: Path) -> Tensor:
+    """(C, H, W), float32."""
+    try:
+        latents_CHW = load_file(path)["latents"]
+    except FileNotFoundError as error:
+        raise EvaluationError(f"{path} is missing. Run tools/sample.py again.") from error
+    except (SafetensorError, KeyError) as error:
+        raise EvaluationError(f"{path} is damaged ({error}). Delete it, and run tools/sample.py again.") from error
+    if latents_CHW.dtype != torch.float32 or latents_CHW.dim() != 3:
+        raise EvaluationError(f"{path} has no latents of three axes and type torch.float32.")
+    return latents_CHW
+
+
+def _stack(path: Path, tensors: list[Tensor], what: str) -> Tensor:
+    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+    if len(shapes) > 1:
+        raise EvaluationError(
+            f"{path} holds {what} of several sizes ({shapes}). Sample each size into a folder of its own."
+        )
+    return torch.stack(tensors)
+
+
+def _finite(path: Path, latents: list[Tensor]) -> Tensor:
+    latents_BCHW = _stack(path, latents, "latents")
+    finite_B = latents_BCHW.isfinite().flatten(1).all(dim=1)
     if not finite_B.all():
         bad = (~finite_B).nonzero().flatten().tolist()
         raise EvaluationError(
-            f"{path}: {len(bad)} of {len(lines)} latents are not finite (first at index {bad[0]}). The sampler or its "
+            f"{path}: {len(bad)} of {len(latents)} latents are not finite (first at index {bad[0]}). The sampler or its "
             "weights diverged; such samples cannot be measured."
         )
-    return SampleFolder(
-        path=path,
-        images_BCHW=tensors["images"],
-        latents_BCHW=tensors["latents"],
-        prompts=[line["prompt"] for line in lines],
-        seeds=[line["seed"] for line in lines],
-        meta=meta,
-    )
+    return latents_BCHW
 
 
 def check_same_noises(samples: SampleFolder, reference: SampleFolder) -> None:
@@ -108,8 +153,9 @@ def check_same_noises(samples: SampleFolder, reference: SampleFolder) -> None:
                 f"{theirs[0]} and prompt {theirs[1]!r}. Sample both with the same prompts and seeds."
             )
     for what in ("images_BCHW", "latents_BCHW"):
-        mine, theirs = tuple(getattr(samples, what).shape[1:]), tuple(getattr(reference, what).shape[1:])
-        if mine != theirs:
+        found = [getattr(folder, what) for folder in (samples, reference)]
+        mine, theirs = (None if tensor is None else tuple(tensor.shape[1:]) for tensor in found)
+        if None not in (mine, theirs) and mine != theirs:
             raise EvaluationError(f"{what[:-5]} are {mine} in {samples.path} and {theirs} in {reference.path}.")
 
 
@@ -154,16 +200,3 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if meta["images"] < 1:
         raise EvaluationError(f"{path}: images={meta['images']}, nothing was sampled.")
     return meta
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise EvaluationError(f"{path} is missing: sampling was not finished. Run tools/sample.py again.")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise EvaluationError(f"{path} is damaged ({error}). Sample it again.") from error
-    for name, dtype in (("latents", torch.float32), ("images", torch.uint8)):
-        if name not in tensors or tensors[name].dtype != dtype or tensors[name].dim() != 4:
-            raise EvaluationError(f"{path} has no {name} of four axes and type {dtype}.")
-    return {name: tensors[name] for name in ("latents", "images")}

@@ -88,25 +88,38 @@ def after(arguments: list[str]) -> int:
 
 def sample(overrides: list[str]) -> None:
     from piflow_dist.sampling.gather import prepare_folder
+    from piflow_dist.sampling.run import write_settings
     from piflow_dist.sampling.settings import SampleConfig, build_request
 
     config = load_config(with_tasks(overrides), SampleConfig, "sample")
+    tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_JOB_NUM_NODES"])
+    require(
+        tasks % nodes == 0 and (tasks // nodes) % config.parallel.tp == 0,
+        f"parallel.tp={config.parallel.tp} does not divide the tasks of a node ({tasks} on {nodes} nodes): a group would span "
+        "two nodes. Choose a divisor of --ntasks-per-node.",
+    )
     request = build_request(config)
     if prepare_folder(request):
-        tell(f"{config.out}: all {len(request.prompts)} images are there.")
+        tell(f"{config.out}: all {len(request.images)} images are there.")
         return
     (Path(config.out) / "logs").mkdir(exist_ok=True)
-    save_config(config, Path(config.out) / "settings.yaml")
+    write_settings(request)
     print(config.out)
 
 
-def gather_images(arguments: list[str]) -> None:
-    from piflow_dist.sampling.gather import gather
+def gather_images(arguments: list[str]) -> int:
+    from piflow_dist.launch.local import WorkerFailed
+    from piflow_dist.sampling.run import finish
     from piflow_dist.sampling.settings import SampleConfig, build_request
 
     request = build_request(read_config(Path(arguments[0]) / "settings.yaml", SampleConfig))
-    gather(request)
-    tell(f"{arguments[0]}: {len(request.prompts)} images.")
+    try:
+        finish(request)
+    except WorkerFailed as error:
+        tell(f"error: {error}")
+        return FAILED
+    tell(f"{arguments[0]}: {len(request.images)} images.")
+    return 0
 
 
 def main(command: str, *arguments: str) -> int:

@@ -114,20 +114,24 @@ def open_weights(place: Path, model: ModelConfig, ema: bool = True) -> Diffusers
     return CheckpointWeights(place, ema) if diffusers_folder(str(place)) is None else DiffusersWeights(place, model)
 
 
-def load_model(checkpoint: Path, config: Config, ema: bool = True) -> Transformer:
-    """The model of a run's checkpoint, or of a folder in diffusers' layout, on the CPU in fp32: a teacher or a student, as config says.
+def open_model(checkpoint: Path, config: Config, ema: bool = True) -> tuple[Transformer, WeightSource]:
+    """The model of a run's checkpoint, or of a folder in diffusers' layout, on the meta device, and its weights: a teacher's or a
+    student's, as config says.
 
-    Raises CheckpointError for damaged files, ConfigError where a tied student's base is another than it was trained on, and
-    ValueError where the weights are not those of the configured model.
+    Raises CheckpointError for damaged files, ConfigError where a tied student's base is another than it was trained on.
     """
     trained = open_weights(checkpoint, config.model, ema)
-    if config.mode == "tied":
-        check_trained_on(checkpoint, config)
-        model, start = plan_tied(config.model, config.policy, config.lora, open_teacher(config), config.train.seed)
-        fill(model, OverlaidWeights(trained, start))
-    else:
-        model = plan_model(config.model, config.policy if config.distils else None)
-        fill(model, trained)
+    if config.mode != "tied":
+        return plan_model(config.model, config.policy if config.distils else None), trained
+    check_trained_on(checkpoint, config)
+    model, start = plan_tied(config.model, config.policy, config.lora, open_teacher(config), config.train.seed)
+    return model, OverlaidWeights(trained, start)
+
+
+def load_model(checkpoint: Path, config: Config, ema: bool = True) -> Transformer:
+    """open_model on the CPU in fp32. Raises ValueError too, where the weights are not those of the configured model."""
+    model, weights = open_model(checkpoint, config, ema)
+    fill(model, weights)
     return model
 
 

@@ -61,6 +61,31 @@ def load_sharded(model: nn.Module, source: WeightSource, topology: Topology, dty
             whole.ds_tensor[: len(part)].copy_(part)
 
 
+@torch.no_grad()
+@freed_memory_returned()
+def load_slices(model: nn.Module, source: WeightSource, topology: Topology, dtype: torch.dtype) -> None:
+    """Parameters of `model` (meta device, already split over the tensor-parallel group) -> this rank's slices from `source`.
+
+    For models that are only evaluated: data-parallel ranks hold them whole. Every rank reads its own slices; nothing is sent.
+    """
+    found = set(source.shapes())
+    for owner, attribute, name, parameter in owned_parameters(model):
+        value = torch.zeros(parameter.shape, dtype=dtype, device=topology.device)
+        if name in found:
+            value.copy_(read_slice(source.view(name), parameter, topology))
+        setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
+
+
+def read_slice(view: View, parameter: nn.Parameter, topology: Topology) -> Tensor:
+    """The tensor-parallel rank's slice of a parameter, which has the slice's shape."""
+    dim = partition_dim(parameter)
+    if dim is None:
+        return view[:]
+    size = parameter.shape[dim]
+    part = slice(topology.tp_rank * size, (topology.tp_rank + 1) * size)
+    return view[part] if dim == 0 else view[:, part]
+
+
 def read_part(view: View, parameter: nn.Parameter, topology: Topology) -> Tensor:
     """The elements of this rank, flat: a data-parallel rank's range of the tensor-parallel rank's slice."""
     shape, dim, size = tuple(parameter.ds_shape), partition_dim(parameter), parameter.partition_numel()

@@ -1,91 +1,135 @@
-"""The finished folder of a sampling request: images, latents, manifest and settings, joined from the parts."""
+"""The folder of a sampling request: made fit before the processes start, and finished with what is known of the whole."""
 
 import json
 import shutil
 from pathlib import Path
 
-import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import load_file, save_file
 
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import ConfigError
-from piflow_dist.sampling.settings import SampleRequest, part_path
+from piflow_dist.sampling import failures
+from piflow_dist.sampling.images import ImageRequest, replacing
+from piflow_dist.sampling.settings import SampleRequest
 
-REQUEST, META, MANIFEST, SAMPLES = "request.json", "meta.json", "manifest.jsonl", "samples.safetensors"
+REQUEST, META, MANIFEST = "request.json", "meta.json", "manifest.jsonl"
+FAILURES, CONTACT_SHEET = "failures.jsonl", "contact_sheet.png"
+SHEET_IMAGES, SHEET_COLUMNS, TILE = 64, 8, (64, 256)
 
 
 def prepare_folder(request: SampleRequest) -> bool:
-    """Make the output folder fit for this request. Returns True where all its images are there already.
+    """Make the output folder fit for this request. Returns True where all is there already.
 
     Raises ConfigError where it holds images of another request and overwrite is not set.
     """
-    out, identity = Path(request.config.out), request.identity()
+    out, identity = request.out, request.identity()
     path = out / REQUEST
     if path.exists():
         found = json.loads(path.read_text())
         changed = [f"{key}: {found.get(key)} -> {value}" for key, value in identity.items() if found.get(key) != value]
-        if not changed:
-            return (out / META).exists()
-        if not request.config.overwrite:
+        if not changed and (out / META).exists() and not (out / FAILURES).exists() and not request.missing():
+            return True
+        if changed and not request.config.overwrite:
             raise ConfigError(
                 f"out={out} holds images of other settings ({'; '.join(changed)}). "
                 "Choose another folder, or overwrite=true."
             )
-        shutil.rmtree(out)
+        if changed:
+            shutil.rmtree(out)
     elif out.exists() and any(out.iterdir()):
         raise ConfigError(f"out={out} is not empty and was not made by this tool. Choose another folder.")
     try:
-        (out / "parts").mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / failures.FOLDER, ignore_errors=True)  # what failed is tried again
+        for folder in ("images", failures.FOLDER, *(["latents"] if request.config.latents else [])):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        for stale in (META, FAILURES):
+            (out / stale).unlink(missing_ok=True)
         write_atomic(path, json.dumps(identity, indent=1))
     except OSError as error:
         raise ConfigError(f"out={out} cannot be written: {error.strerror}. Choose another folder.") from error
     return False
 
 
-def gather(request: SampleRequest) -> Path:
-    """Join the parts into samples.safetensors, images/, manifest.jsonl and, last, meta.json."""
-    out = Path(request.config.out)
-    parts = [load_file(part_path(out, part)) for part in range(len(request.parts()))]
-    latents_BCHW = torch.cat([part["latents"] for part in parts])
-    images_Bchw = torch.cat([part["images"] for part in parts])
-    save_file({"latents": latents_BCHW, "images": images_Bchw}, out / SAMPLES)
-    (out / "images").mkdir(exist_ok=True)
-    lines = []
-    for index, prompt in enumerate(request.prompts):
-        line = {"index": index, "seed": request.image_seed(index), "prompt": prompt, "file": f"images/{index:05d}.png"}
-        save_png(out / line["file"], images_Bchw[index], {**line, "source": str(request.checkpoint)})
-        lines.append(json.dumps(line) + "\n")
-    write_atomic(out / MANIFEST, "".join(lines))
-    write_atomic(out / META, json.dumps(describe(request, parts), indent=1))
-    shutil.rmtree(out / "parts")
-    return out
+def gather(request: SampleRequest) -> str:
+    """Write manifest.jsonl, contact_sheet.png, failures.jsonl where images failed and, last, meta.json.
+
+    Returns what went wrong in words for people, empty where every image is there.
+    """
+    out = request.out
+    absent = {image.index for image in request.missing()}
+    made = [image for image in request.images if image.index not in absent]
+    failed = [line for line in failures.read_failures(out) if line["index"] in absent]
+    for temporary in (*out.glob("images/.*.tmp"), *out.glob("latents/.*.tmp")):
+        temporary.unlink()
+    write_atomic(out / MANIFEST, "".join(json.dumps(manifest_line(request, image)) + "\n" for image in made))
+    if made:
+        write_contact_sheet(out, made)
+    if failed:
+        write_atomic(out / FAILURES, "".join(json.dumps(line) + "\n" for line in failed))
+    if len(failed) == len(absent):
+        write_atomic(out / META, json.dumps(describe(request, made, len(failed)), indent=1))
+    shutil.rmtree(out / failures.FOLDER)
+    return complaint(out, len(request.images), failed, len(absent) - len(failed))
 
 
-def save_png(path: Path, image_chw: torch.Tensor, info: dict) -> None:
-    metadata = PngInfo()
-    for key, value in info.items():
-        metadata.add_text(key, str(value))
-    pixels = image_chw.permute(1, 2, 0).numpy()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, pnginfo=metadata)
+def complaint(out: Path, wanted: int, failed: list[dict], lost: int) -> str:
+    if lost:
+        return f"{lost} of {wanted} images are not in {out}, and no process says why. Run the same command again."
+    if failed:
+        first = failed[0]
+        return (
+            f"{len(failed)} of {wanted} images could not be made; the others are in {out}. Reasons: {out / FAILURES}. "
+            f"The first, prompt {first['prompt_index']} ({first['prompt']!r}) with seed {first['seed']}: {first['reason']}"
+        )
+    return ""
 
 
-def describe(request: SampleRequest, parts: list[dict]) -> dict:
-    processes = request.config.launch.processes
+def manifest_line(request: SampleRequest, image: ImageRequest) -> dict:
+    line = {"index": image.index, "prompt_index": image.prompt_index, "seed": image.seed, "prompt": image.prompt}
+    line |= {"file": image.file, "width": image.width, "height": image.height}
+    return {**line, "latents": image.latents_file} if request.config.latents else line
+
+
+def write_contact_sheet(out: Path, made: list[ImageRequest]) -> None:
+    """The first images in small, in reading order; a line per prompt where all prompts have the same few seeds."""
+    per_prompt = {
+        sum(image.prompt_index == index for image in made) for index in {image.prompt_index for image in made}
+    }
+    same = per_prompt.pop() if len(per_prompt) == 1 else 1
+    columns = same if 1 < same <= SHEET_COLUMNS else SHEET_COLUMNS
+    shown = made[: SHEET_IMAGES // columns * columns]
+    tile = min(max(TILE[0], *(max(image.width, image.height) for image in shown)), TILE[1])
+    sheet = Image.new("RGB", (min(columns, len(shown)) * tile, -(-len(shown) // columns) * tile), "white")
+    for place, image in enumerate(shown):
+        with Image.open(out / image.file) as picture:
+            scale = tile / max(picture.size)
+            small = picture.convert("RGB").resize(tuple(max(1, round(side * scale)) for side in picture.size))
+        sheet.paste(small, (place % columns * tile, place // columns * tile))
+    with replacing(out / CONTACT_SHEET) as temporary:
+        sheet.save(temporary, "PNG")
+
+
+def seconds_of(path: Path) -> float:
+    """An image's share of the time in which it was sampled; kept in the image, so that it outlives a killed process."""
+    with Image.open(path) as picture:
+        return float(picture.info["seconds"])
+
+
+def describe(request: SampleRequest, made: list[ImageRequest], failed: int) -> dict:
+    config = request.config
+    workers = config.launch.processes // config.parallel.tp
     meta = {
         "source": str(request.checkpoint),
-        "kind": request.kind,
-        "images": len(request.prompts),
+        **request.settings(),
+        "images": len(made),
+        "failed": failed,
         "network_evaluations": request.evaluations,
-        # Parts run side by side on the processes; this is the time they would have taken one after the other, shared out.
-        "seconds": sum(part["seconds"].item() for part in parts) / processes,
-        "processes": processes,
+        # Images are made side by side; this is the time they would have taken one after the other, shared out.
+        "seconds": sum(seconds_of(request.out / image.file) for image in made) / workers,
+        "processes": config.launch.processes,
+        "tp": config.parallel.tp,
         "dataset": request.run.data.root,
-        "seed": request.config.seed,
-        "ema": request.config.ema,
     }
     if request.kind == "teacher":
-        return {**meta, "steps": request.config.steps, "guidance": request.config.guidance}
-    sampler = {"temperature": request.temperature, "h": request.config.h, "substeps": request.config.substeps}
-    return {**meta, "nfe": request.evaluations, "policy": request.run.policy.type, **sampler}
+        return meta
+    return {**meta, "policy": request.run.policy.type}

@@ -1,69 +1,107 @@
 """One process's share of a sampling request; `python -m piflow_dist.sampling.sampler SETTINGS.yaml`, one per rank.
 
-A part (a batch of images) is one file, written under a temporary name and renamed: a killed run leaves whole parts or none,
-and the same command makes the missing ones.
+Data-parallel ranks make different images, the ranks of a tensor-parallel group the same ones together. An image's pixels depend
+on its prompt, seed and size, the weights and the settings: not on ranks, batches or order. What that takes is in `Sampler`.
+
+B rows of the network, C latent channels, H W latent size, L text tokens, D width; images are (c, h, w) with their own size.
 """
 
-import os
 import signal
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.codec import Codec, load_codec
-from data_pipeline.description import load_description
-from data_pipeline.prompts import load_prompt_encoder, pad_prompts
 from piflow_dist.config import GuidanceConfig, read_config
-from piflow_dist.distill.objectives import Batch, TeacherVelocity, base_segment, build_schedule, guidance_input
+from piflow_dist.distill.objectives import Batch, Network, TeacherVelocity, base_segment, guidance_input
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.flow.solvers import euler_sample, policy_sample
 from piflow_dist.launch.console import StepProgress
-from piflow_dist.models.heads import make_policy
-from piflow_dist.models.pretrained import load_model
-from piflow_dist.parallel.environment import find_place
-from piflow_dist.parallel.topology import choose_device, die_with_parent
+from piflow_dist.models.heads import PATCH, make_policy
+from piflow_dist.parallel.topology import Topology
 from piflow_dist.policies import DXPolicy, GMFlowPolicy, MeanPolicy
-from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request, part_path
+from piflow_dist.sampling.control import Control, start_ranks
+from piflow_dist.sampling.embeddings import EmbeddingCache
+from piflow_dist.sampling.failures import FailureLog
+from piflow_dist.sampling.images import ImageRequest, save_image, to_uint8
+from piflow_dist.sampling.network import load_network
+from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request, downscale
+
+CPU_TOKENS = 1024
+"""Tokens of one evaluation on a CPU, about: more rows gain nothing there."""
 
 
 class Sampler:
-    """A model on one device, with the codec and prompts of its data."""
+    """A network on its device, with the prompts' embeddings: images in, latents out.
 
-    def __init__(self, request: SampleRequest, device: torch.device):
-        self.request, self.device = request, device
-        run = request.run
-        description = load_description(run.data.root)
-        self.latent_shape = description.typical_shape
-        self.codec: Codec = load_codec(description.codec)
-        encoder = load_prompt_encoder(description.prompt_encoder)
-        unique = sorted(set(request.prompts))
-        self.embeddings = dict(zip(unique, encoder.encode(unique), strict=True))
-        self.empty_LD = encoder.encode([""])[0].to(device)
-        self.model = load_model(request.checkpoint, run, request.config.ema).to(device).eval()
-        self.schedule: FlowSchedule = build_schedule(run.schedule, self.latent_shape)
+    On a CPU the last bits of a matrix product depend on how many rows it has (the library chooses its kernel by that), not on
+    which row is where or what the others hold (measured, docs/decisions.md). So every evaluation there has a number of rows that
+    follows from the image's own tokens alone, and spare rows are filled with copies. Text is not padded to other prompts' length:
+    images of one evaluation have prompts of one length.
+    """
+
+    def __init__(self, request: SampleRequest, network: Network, cache: EmbeddingCache, device: torch.device):
+        self.request, self.network, self.cache, self.device = request, network, cache, device
+        self.empty_LD = self.embedding("").to(device)
+
+    def embedding(self, prompt: str) -> Tensor:
+        found = self.cache.read(prompt)
+        if found is None:
+            raise FileNotFoundError(f"{self.cache.path(prompt)}, the embedding of {prompt!r}, is gone. Start again.")
+        return found
+
+    def pieces(self, images: list[ImageRequest]) -> list[list[ImageRequest]]:
+        """Images that are made at once: of one size and one length of prompt, batch_size at most."""
+        lengths = {prompt: len(self.embedding(prompt)) for prompt in {image.prompt for image in images}}
+
+        def shape(image: ImageRequest) -> tuple[int, int, int]:
+            return image.height, image.width, lengths[image.prompt]
+
+        pieces = []
+        for (_, _, length), same in groupby(sorted(images, key=shape), key=shape):
+            group = list(same)
+            size = min(self.request.config.batch_size, self.rows(group[0], length) or len(group))
+            pieces += [group[start : start + size] for start in range(0, len(group), size)]
+        return pieces
+
+    def rows(self, image: ImageRequest, text_length: int) -> int | None:
+        """How many images one evaluation has, whether wanted or not; None: as many as wanted."""
+        if self.device.type != "cpu":
+            return None
+        _, H, W = self.request.latent_shape(image)
+        tokens = (H // PATCH) * (W // PATCH) + text_length
+        return 1 << max(0, (CPU_TOKENS // tokens).bit_length() - 1)
 
     @torch.no_grad()
-    def sample(self, indices: range) -> Tensor:
-        """Latents (n,C,H,W), float32, of the images with these indices."""
-        generators = [torch.Generator().manual_seed(self.request.image_seed(index)) for index in indices]
-        noise_BCHW = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators]).to(self.device)
-        text_BLD, mask_BL = pad_prompts([self.embeddings[self.request.prompts[index]] for index in indices])
-        batch = Batch(noise_BCHW, text_BLD.to(self.device), mask_BL.to(self.device), self.empty_LD)
+    def sample(self, images: list[ImageRequest]) -> Tensor:
+        """Latents (n,C,H,W), float32, of the images of one piece."""
+        texts = {prompt: self.embedding(prompt) for prompt in {image.prompt for image in images}}
+        rows = self.rows(images[0], len(texts[images[0].prompt])) or len(images)
+        filled = images + images[-1:] * (rows - len(images))
+        generators = [torch.Generator().manual_seed(image.noise_seed) for image in filled]
+        shape = self.request.latent_shape(images[0])
+        noise_BCHW = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+        text_BLD = torch.stack([texts[image.prompt] for image in filled]).to(self.device)
+        mask_BL = torch.ones(text_BLD.shape[:2], dtype=torch.bool, device=self.device)
+        batch, schedule = Batch(noise_BCHW, text_BLD, mask_BL, self.empty_LD), self.request.schedule(images[0])
         if self.request.kind == "teacher":
-            return self._teacher(noise_BCHW, batch)
-        return self._student(noise_BCHW, batch, generators)
+            return self._teacher(noise_BCHW, batch, schedule)[: len(images)]
+        return self._student(noise_BCHW, batch, schedule, generators)[: len(images)]
 
-    def _teacher(self, noise_BCHW: Tensor, batch: Batch) -> Tensor:
+    def _teacher(self, noise_BCHW: Tensor, batch: Batch, schedule: FlowSchedule) -> Tensor:
         guidance = GuidanceConfig(scale=self.request.config.guidance)
-        velocity = TeacherVelocity(self.model, batch, guidance, self.request.run.model.guidance_embeds)
-        return euler_sample(velocity, noise_BCHW, self.schedule, self.request.config.steps)
+        velocity = TeacherVelocity(self.network, batch, guidance, self.request.run.model.guidance_embeds)
+        return euler_sample(velocity, noise_BCHW, schedule, self.request.config.steps)
 
-    def _student(self, noise_BCHW: Tensor, batch: Batch, generators: list[torch.Generator]) -> Tensor:
+    def _student(
+        self, noise_BCHW: Tensor, batch: Batch, schedule: FlowSchedule, generators: list[torch.Generator]
+    ) -> Tensor:
         run, config = self.request.run, self.request.config
 
         takes_span = run.policy.type == "mean"
@@ -73,13 +111,13 @@ class Sampler:
         ) -> GMFlowPolicy | DXPolicy | MeanPolicy:
             guidance_B = guidance_input(run.model.guidance_embeds, run.distill.guidance.scale, sigma_B)
             span_B = sigma_B - end_B if takes_span else None
-            outputs = self.model(x_BCHW, sigma_B, batch.text_BLD, batch.mask_BL, guidance_B, span_B)
-            return make_policy(outputs, x_BCHW, sigma_B, run.policy, base_segment(run), self.schedule.shift)
+            outputs = self.network(x_BCHW, sigma_B, batch.text_BLD, batch.mask_BL, guidance_B, span_B)
+            return make_policy(outputs, x_BCHW, sigma_B, run.policy, base_segment(run), schedule.shift)
 
         return policy_sample(
             predict,
             noise_BCHW,
-            self.schedule,
+            schedule,
             self.request.evaluations,
             final_step_size_scale=run.distill.final_step_size_scale,
             trained_nfe=None if run.objective == "meanflow" else run.distill.nfe,
@@ -91,46 +129,112 @@ class Sampler:
         )
 
 
-def to_uint8(images_Bchw: Tensor) -> Tensor:
-    return ((images_Bchw.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+def load_decoder(request: SampleRequest, device: torch.device) -> Codec:
+    codec = load_codec(request.dataset.codec, device)
+    if codec.downscale != downscale(request.dataset.codec):
+        raise ValueError(
+            f"The codec of {request.dataset.location} has {codec.downscale} pixels a latent pixel, not {downscale(request.dataset.codec)}."
+        )
+    return codec
 
 
-def write_part(path: Path, latents_BCHW: Tensor, images_Bchw: Tensor, seconds: float) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    tensors = {
-        "latents": latents_BCHW.float().cpu().contiguous(),
-        "images": to_uint8(images_Bchw).contiguous(),
-        "seconds": torch.tensor(seconds, dtype=torch.float64),
-    }
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+class Saver:
+    """Decodes and writes images, the files beside the next evaluation: compressing pixels takes no GPU."""
+
+    def __init__(self, request: SampleRequest, codec: Codec, failures: FailureLog, device: torch.device):
+        self.request, self.codec, self.failures, self.device = request, codec, failures, device
+        self.writer, self.waiting = ThreadPoolExecutor(1), list[Future]()
+        self.info = {"source": str(request.checkpoint), **request.settings()}
+
+    def save(self, images: list[ImageRequest], latents_nCHW: Tensor, seconds: float) -> None:
+        """latents on the CPU. seconds: that sampling them took, whose share is kept with each image for the folder's rate."""
+        self.finish()
+        info = {**self.info, "seconds": seconds / len(images)}
+        for image, latents_CHW in zip(images, latents_nCHW, strict=True):
+            if not latents_CHW.isfinite().all():
+                self.failures.add([image], "its latents are not finite: the weights or the settings diverge.")
+                continue
+            # One by one: a VAE's memory is that of one image, and its last bits do not depend on the others.
+            pixels_chw = to_uint8(self.codec.decode(latents_CHW[None].to(self.device))[0])
+            kept = latents_CHW if self.request.config.latents else None
+            self.waiting.append(self.writer.submit(save_image, self.request.out, image, pixels_chw, kept, info))
+
+    def finish(self) -> None:
+        """Wait for the files of earlier images. Raises what went wrong with them."""
+        for future in self.waiting:
+            future.result()
+        self.waiting.clear()
+
+
+def encode_prompts(
+    request: SampleRequest,
+    images: list[ImageRequest],
+    cache: EmbeddingCache,
+    failures: FailureLog,
+    topology: Topology,
+    control: Control,
+) -> list[ImageRequest]:
+    """Fill the cache, every rank with prompts of its own, and return the images whose prompt has an embedding."""
+    prompts = sorted({image.prompt for image in images} | {""})
+    mine = prompts[topology.rank :: topology.world_size]
+    reasons = cache.encode(mine, topology.device)
+    if "" in reasons:
+        raise ValueError(f"The empty prompt cannot be encoded: {reasons['']}")
+    for prompt, reason in reasons.items():
+        failures.add([image for image in images if image.prompt == prompt], reason)
+    if topology.device.type != "cpu":
+        torch.accelerator.empty_cache()  # of the encoder, before the network comes
+    failed = control.any_rank([prompt in reasons for prompt in prompts])
+    bad = {prompt for prompt, any_failed in zip(prompts, failed, strict=True) if any_failed}
+    return [image for image in images if image.prompt not in bad]
+
+
+def run(request: SampleRequest, topology: Topology, control: Control) -> None:
+    """Make the missing images. Ranks agree on what is missing before the first image, so that each makes its own."""
+    config, out = request.config, request.out
+    absent = {image.index for image in request.missing()}
+    wanted = control.from_main([image.index in absent for image in request.images])
+    images = [image for image, is_wanted in zip(request.images, wanted, strict=True) if is_wanted]
+    failures = FailureLog(out, topology.rank)
+    cache = EmbeddingCache(config.embeddings_folder, request.dataset.prompt_encoder)
+    images = encode_prompts(request, images, cache, failures, topology, control)
+    if not images:
+        return
+    codec = load_decoder(request, topology.device)
+    sampler = Sampler(request, load_network(request, topology), cache, topology.device)
+    pieces = sampler.pieces(images)
+    mine = pieces[topology.dp_rank :: topology.dp_size]
+    saver = Saver(request, codec, failures, topology.device)
+    before = len(request.images) - len(absent)
+    with StepProgress(out.name, len(request.images), start=before, every=1) as progress:
+        began = time.perf_counter()
+        for piece in mine:
+            start = time.perf_counter()
+            latents_nCHW = sampler.sample(piece).cpu()  # waits for the device
+            if topology.tp_rank == 0:
+                saver.save(piece, latents_nCHW, time.perf_counter() - start)
+            if topology.is_main:
+                done = count_whole(out)  # of all ranks
+                progress.update(done, f"{(done - before) / (time.perf_counter() - began):.3g} images/s")
+        if config.parallel.shard_base and len(mine) < -(-len(pieces) // topology.dp_size):
+            sampler.sample(pieces[-1])  # the others need this rank's part of every layer once more
+        saver.finish()
+        control.wait_for_all()
+        if topology.is_main:
+            progress.update(count_whole(out))
+
+
+def count_whole(out: Path) -> int:
+    return sum(1 for _ in (out / "images").glob("[0-9]*.png"))
 
 
 @record
 def main() -> None:
     config = read_config(Path(sys.argv[1]), SampleConfig)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
-    place = find_place()
-    rank, world_size = place.rank, place.world_size
-    device = choose_device(config.launch.device, place.local_rank)
-    request, out = build_request(config), Path(config.out)
-    parts = request.parts()
-    mine = [part for part in range(rank, len(parts), world_size) if not part_path(out, part).exists()]
-    if not mine:
-        return
-    sampler = Sampler(request, device)
-    images = sum(len(parts[part]) for part in mine)
-    # Rank 0 reports for itself; the other ranks have as many parts, or one fewer.
-    with StepProgress(f"{out.name} (process 0 of {world_size})", images, every=1) as progress:
-        done, began = 0, time.perf_counter()
-        for part in mine:
-            start = time.perf_counter()
-            latents_BCHW = sampler.sample(parts[part])
-            seconds = time.perf_counter() - start
-            write_part(part_path(out, part), latents_BCHW, sampler.codec.decode(latents_BCHW), seconds)
-            done += len(parts[part])
-            progress.update(done, f"{done / (time.perf_counter() - began):.1f} images/s")
+    topology, control = start_ranks(config)
+    run(build_request(config), topology, control)
+    control.close()
 
 
 if __name__ == "__main__":

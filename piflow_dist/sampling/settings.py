@@ -3,18 +3,41 @@
 import dataclasses
 import hashlib
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import MISSING
 
 from data_pipeline.description import DatasetDescription, load_description
 from piflow_dist.checkpoint.files import MANIFEST
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
-from piflow_dist.config import Config, ConfigError, LaunchConfig, require, require_positive
+from piflow_dist.config import Config, ConfigError, LaunchConfig, require, require_choice, require_positive
+from piflow_dist.distill.objectives import build_schedule
+from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.models.adapters import check_base, open_student, student_config, student_folder, teacher_config
+from piflow_dist.models.heads import PATCH
 from piflow_dist.models.pretrained import DiffusersWeights, check_trained_on, diffusers_folder, open_teacher
+from piflow_dist.sampling.images import ImageRequest, list_images, read_prompts
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VAE_DOWNSCALE = 8
+"""Image pixels per latent pixel of every VAE that is known here; the sampler checks it when it has loaded one."""
+
+
+@dataclass(kw_only=True)
+class SplitConfig:
+    """How the model is shared out where it does not fit on one device."""
+
+    tp: int = 1
+    """Processes that share every layer (tensor parallelism), inside a node; the others sample other images."""
+    shard_base: bool = False
+    """Shard the weights over the other processes too (ZeRO-3): the least memory, but each layer is sent for every evaluation."""
+
+    def __post_init__(self):
+        require_positive("parallel", self, "tp")
 
 
 @dataclass(kw_only=True)
@@ -29,10 +52,19 @@ class SampleConfig:
     """Prepared data whose codec, prompt encoder and latent size are used; default: the run's own."""
     out: str = MISSING
     prompts: str | None = None
-    """Text file, one prompt a line; default: the distinct prompts of the training data."""
-    images_per_prompt: int = 1
+    """Text file, one prompt a line, or .jsonl with prompt, seed or seeds, height, width (all but the prompt left out at will);
+    default: the distinct prompts of the training data."""
     seed: int = 0
-    """Image i of the request has the noise of (seed, i), whatever the batch or the number of processes."""
+    """First seed of every prompt. An image depends on its prompt, seed and size, whatever else is asked for."""
+    images_per_prompt: int = 1
+    """Seeds of every prompt: seed, seed + 1, and so on."""
+    seeds: list[int] | None = None
+    """The seeds of every prompt one by one, instead of seed and images_per_prompt."""
+    size: int | None = None
+    """Side of square images, in pixels; default: that of most images of the data."""
+    height: int | None = None
+    width: int | None = None
+    """Of images that are not square."""
     nfe: int | None = None
     """Student evaluations per image; default: as trained."""
     steps: int = 100
@@ -45,11 +77,25 @@ class SampleConfig:
     """Noise of a student's flow-map sampler: 0 is the ODE, inf draws all noise afresh."""
     substeps: int = 128
     """Policy substeps over the whole trajectory."""
+    shift: float | None = None
+    """Shift of the noise schedule; default: as trained, for each image's own size where that is dynamic."""
     ema: bool = True
     """Averaged weights, or the raw ones."""
+    dtype: str | None = None
+    """fp32 or bf16; default: as trained, fp32 for exported folders."""
     batch_size: int = 64
+    """Images of one size that are made at once, at most. On a CPU also limited by their tokens, for images that depend on nothing else."""
+    compile: bool = False
+    """Compile the network (torch.compile): minutes at the start of every process and size, faster from then on."""
+    latents: bool = True
+    """Keep the latents too, for comparisons in latent space: latents/*.safetensors."""
+    embeddings: str | None = None
+    """Folder of prompt embeddings that are kept between runs; default: .embeddings beside out."""
+    mlflow: bool = False
+    """Log contact sheet and manifest to the MLflow run of the source's training, as a child run."""
     overwrite: bool = False
     """Replace images of other settings in the same folder."""
+    parallel: SplitConfig = field(default_factory=SplitConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self):
@@ -61,14 +107,35 @@ class SampleConfig:
                 0 < number("temperature", self.temperature) <= 1, f"temperature={self.temperature} must lie in (0, 1]."
             )
         require(number("h", self.h) >= 0, f"h={self.h} must be 0 (ODE) or more.")
+        require(self.shift is None or 0 < self.shift < math.inf, f"shift={self.shift} must be greater than zero.")
+        if self.dtype is not None:
+            require_choice("dtype", self.dtype, tuple(DTYPES))
+        require(
+            self.seeds is None or (self.seed, self.images_per_prompt) == (0, 1),
+            f"seeds={self.seeds} with seed={self.seed} and images_per_prompt={self.images_per_prompt}: give seeds alone, or the others.",
+        )
+        require(
+            self.size is None or self.height is self.width is None,
+            f"size={self.size} with height={self.height} and width={self.width}: give size alone, or height and width.",
+        )
+        require((self.height is None) == (self.width is None), "height and width belong together. Give both, or size.")
+        require(
+            not (self.compile and self.parallel.shard_base),
+            "compile=true: torch.compile cannot follow parallel.shard_base=true, which moves weights between layers. Set one of them.",
+        )
+        require(
+            self.launch.processes % self.parallel.tp == 0,
+            f"launch.processes={self.launch.processes} are not whole tensor-parallel groups of parallel.tp={self.parallel.tp}. "
+            "Choose a multiple of parallel.tp.",
+        )
+
+    @property
+    def embeddings_folder(self) -> Path:
+        return Path(self.embeddings) if self.embeddings is not None else Path(self.out).parent / ".embeddings"
 
 
 ONLY_OF = {"teacher": ("steps", "guidance"), "student": ("nfe", "temperature", "h", "substeps")}
 """Keys that mean something for one kind of source."""
-
-
-def part_path(out: Path, part: int) -> Path:
-    return out / "parts" / f"part_{part:05d}.safetensors"
 
 
 def number(option: str, text: str) -> float:
@@ -87,8 +154,12 @@ class SampleRequest:
     config: SampleConfig
     run: Config
     checkpoint: Path
-    prompts: list[str]
-    """One per image."""
+    dataset: DatasetDescription
+    images: list[ImageRequest]
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
 
     @property
     def kind(self) -> str:
@@ -108,23 +179,40 @@ class SampleRequest:
             return 1.0
         return "auto" if self.config.temperature == "auto" else float(self.config.temperature)
 
-    def image_seed(self, index: int) -> int:
-        digest = hashlib.blake2b(f"{self.config.seed},{index}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
+    @property
+    def dtype(self) -> str:
+        return self.config.dtype or self.run.train.dtype
 
-    def parts(self) -> list[range]:
-        """Image indices, in batches that are written as one file."""
-        return [
-            range(start, min(start + self.config.batch_size, len(self.prompts)))
-            for start in range(0, len(self.prompts), self.config.batch_size)
-        ]
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def latent_shape(self, image: ImageRequest) -> tuple[int, int, int]:
+        edge = downscale(self.dataset.codec)
+        return self.run.model.latent_channels, image.height // edge, image.width // edge
+
+    def schedule(self, image: ImageRequest) -> FlowSchedule:
+        """For the image's own size, where the shift depends on that."""
+        if self.config.shift is not None:
+            return FlowSchedule(shift=self.config.shift)
+        return build_schedule(self.run.schedule, self.latent_shape(image))
+
+    def missing(self) -> list[ImageRequest]:
+        return [image for image in self.images if not image.is_whole(self.out, self.config.latents)]
+
+    def settings(self) -> dict[str, Any]:
+        """What the pixels depend on beside prompt, seed, size and weights."""
+        config, common = (
+            self.config,
+            {"kind": self.kind, "dtype": self.dtype, "shift": self.config.shift, "ema": self.config.ema},
+        )
+        if self.kind == "teacher":
+            return common | {"steps": config.steps, "guidance": config.guidance}
+        sampler = {"temperature": self.temperature, "h": f"{float(config.h):g}", "substeps": config.substeps}
+        return common | {"nfe": self.evaluations, **sampler}
 
     def identity(self) -> dict[str, Any]:
-        """Everything the pixels depend on."""
-        settings = asdict(self.config)
-        others = ONLY_OF["teacher" if self.kind == "student" else "student"]
-        for name in ("out", "overwrite", "launch", "source", "prompts", "images_per_prompt", *others):
-            settings.pop(name)
+        """Everything the images of the folder depend on, whole models by their hash."""
         exported = diffusers_folder(str(self.checkpoint)) is not None
         manifest = self.checkpoint / MANIFEST
         weights = (
@@ -132,14 +220,33 @@ class SampleRequest:
             if exported
             else hashlib.sha256(manifest.read_bytes()).hexdigest()
         )
-        prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
-        return {**settings, "images": len(self.prompts), "prompts_sha256": prompts, "weights_sha256": weights}
+        wanted = "".join(f"{i.prompt}\n{i.seed} {i.height} {i.width}\n" for i in self.images)
+        return {
+            **self.settings(),
+            "base": self.config.base,
+            "dataset": self.config.dataset,
+            "seeds": seeds_of(self.config),
+            "images": len(self.images),
+            "images_sha256": hashlib.sha256(wanted.encode()).hexdigest(),
+            "weights_sha256": weights,
+        }
+
+
+def seeds_of(config: SampleConfig) -> list[int]:
+    if config.seeds is not None:
+        return list(config.seeds)
+    return list(range(config.seed, config.seed + config.images_per_prompt))
+
+
+def downscale(codec: Mapping[str, Any]) -> int:
+    """Image pixels per latent pixel of a codec that is not loaded."""
+    return codec["block"] if codec["kind"] == "block_dct" else VAE_DOWNSCALE
 
 
 def build_request(config: SampleConfig) -> SampleRequest:
     """Resolve source and prompts. Raises ConfigError for what cannot be sampled."""
     checkpoint, run = resolve_source(config)
-    load_dataset(run)
+    dataset = load_dataset(run)
     refuse_idle_keys(config, run)
     if config.nfe is not None and run.distils and run.objective != "meanflow":  # which knows all intervals
         kind = {"dx": "a DX student", "mean": "a student of objective=shortcut_regression"}.get(run.policy.type)
@@ -154,8 +261,12 @@ def build_request(config: SampleConfig) -> SampleRequest:
         )
     if run.distils and run.mode == "tied":
         check_trained_on(checkpoint, run)
-    prompts = [prompt for prompt in read_prompts(config, run) for _ in range(config.images_per_prompt)]
-    return SampleRequest(config, run, checkpoint, prompts)
+    heads, tp = run.model.num_attention_heads, config.parallel.tp
+    require(heads % tp == 0, f"parallel.tp={tp} does not divide the model's {heads} attention heads. Choose a divisor.")
+    images = list_images(prompt_lines(config, dataset), seeds_of(config), usual_size(config, dataset))
+    for image in images:
+        check_size(image, dataset)
+    return SampleRequest(config, run, checkpoint, dataset, images)
 
 
 def refuse_idle_keys(config: SampleConfig, run: Config) -> None:
@@ -172,6 +283,14 @@ def refuse_idle_keys(config: SampleConfig, run: Config) -> None:
     require(
         kind == "teacher" or run.policy.type == "gmflow" or config.temperature == "auto",
         f"temperature={config.temperature} is for GMFlow students, and source={config.source} has policy.type={run.policy.type}. Leave it out.",
+    )
+    require(
+        kind == "teacher" or run.policy.type == "gmflow" or config.shift is None,
+        f"shift={config.shift}: a DX policy's outputs stand for points in time that its own shift places. Leave it out.",
+    )
+    require(
+        not config.mlflow or diffusers_folder(str(config.source)) is None,
+        f"mlflow=true: source={config.source} is an exported folder, which belongs to no MLflow run. Leave it out.",
     )
 
 
@@ -220,13 +339,29 @@ def load_dataset(run: Config) -> DatasetDescription:
     return found
 
 
-def read_prompts(config: SampleConfig, run: Config) -> list[str]:
-    if config.prompts is None:
-        prompts = list(load_description(run.data.root).prompts)
-        require(bool(prompts), f"{run.data.root} lists no prompts. Give prompts=FILE, one a line.")
-        return prompts
-    path = Path(config.prompts)
-    require(path.is_file(), f"prompts={path} does not exist. Give a text file, one prompt a line.")
-    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    require(bool(prompts), f"prompts={path} is empty. Write one prompt a line.")
-    return prompts
+def prompt_lines(config: SampleConfig, dataset: DatasetDescription) -> list[dict[str, Any]]:
+    if config.prompts is not None:
+        return read_prompts(Path(config.prompts))
+    require(bool(dataset.prompts), f"{dataset.location} lists no prompts. Give prompts=FILE, one a line.")
+    return [{"prompt": prompt} for prompt in dataset.prompts]
+
+
+def usual_size(config: SampleConfig, dataset: DatasetDescription) -> tuple[int, int]:
+    """(height, width) in pixels of images whose prompt says no other."""
+    if config.size is not None:
+        return config.size, config.size
+    if config.height is not None:
+        return config.height, config.width
+    _, height, width = dataset.typical_shape
+    return height * downscale(dataset.codec), width * downscale(dataset.codec)
+
+
+def check_size(image: ImageRequest, dataset: DatasetDescription) -> None:
+    step = downscale(dataset.codec) * PATCH
+    for name in ("height", "width"):
+        value = getattr(image, name)
+        require(
+            value > 0 and value % step == 0,
+            f"prompt {image.prompt_index}: {name}={value} is no multiple of {step} pixels (a token's size). "
+            f"Use {max(1, value // step) * step}.",
+        )

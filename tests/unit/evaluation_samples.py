@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,11 +23,16 @@ def write_samples(
     """images_BCHW uint8. Latents default to the images themselves, scaled to [-1, 1]; seed = 1000 + index."""
     path.mkdir(parents=True)
     latents_BCHW = images_BCHW.float() / 127.5 - 1 if latents_BCHW is None else latents_BCHW
-    save_file({"latents": latents_BCHW.contiguous(), "images": images_BCHW.contiguous()}, path / "samples.safetensors")
-    lines = [
-        {"index": index, "seed": 1000 + index, "prompt": prompt, "file": f"images/{index:05d}.png"}
-        for index, prompt in enumerate(prompts)
-    ]
+    (path / "images").mkdir()
+    (path / "latents").mkdir()
+    lines = []
+    for index, (prompt, image_chw, latents_CHW) in enumerate(zip(prompts, images_BCHW, latents_BCHW, strict=True)):
+        file, latents = f"images/{index:05d}_{1000 + index}.png", f"latents/{index:05d}_{1000 + index}.safetensors"
+        pixels = image_chw.permute(1, 2, 0).numpy()
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path / file)
+        save_file({"latents": latents_CHW.contiguous()}, path / latents)
+        line = {"index": index, "prompt_index": index, "seed": 1000 + index, "prompt": prompt, "file": file}
+        lines.append({**line, "width": image_chw.shape[2], "height": image_chw.shape[1], "latents": latents})
     (path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     meta = {
         "source": f"outputs/demo/{kind}",

@@ -104,3 +104,18 @@ def test_qwen_codec_normalises_as_diffusers_does(tiny_vae_folder: str) -> None:
 def test_qwen_codec_without_weights(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No VAE in .*config.json is missing"):
         QwenImageCodec(tmp_path)
+
+
+def test_a_large_image_is_decoded_in_tiles(tiny_vae_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a small one is not, whatever was decoded before it."""
+    codec = QwenImageCodec(tiny_vae_folder)
+    small_BCHW = torch.randn(1, codec.latent_channels, 2, 2, generator=torch.Generator().manual_seed(0))
+    want_Bchw = codec.decode(small_BCHW)
+    monkeypatch.setattr("data_pipeline.codec.PIXELS_AT_ONCE", (2 * codec.downscale) ** 2)
+    for name, pixels in (("min_height", 4), ("min_width", 4), ("stride_height", 3), ("stride_width", 3)):
+        setattr(codec._vae, f"tile_sample_{name}", pixels * codec.downscale)
+    tiled, whole = [], codec._vae.tiled_decode
+    monkeypatch.setattr(codec._vae, "tiled_decode", lambda z, **rest: tiled.append(z.shape) or whole(z, **rest))
+    large_Bchw = codec.decode(torch.randn(1, codec.latent_channels, 6, 6))
+    assert large_Bchw.shape[2:] == (6 * codec.downscale,) * 2 and len(tiled) == 1
+    assert torch.equal(codec.decode(small_BCHW), want_Bchw) and len(tiled) == 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 from data_sets import write_set
 from evaluation_samples import striped_images, write_samples
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from piflow_dist.cli import run_tool
@@ -59,7 +60,10 @@ def test_a_folder_is_read_in_the_order_of_its_index(pair: tuple[Path, Path]) -> 
     assert samples.prompts[1] == "a drawing of columns"
 
 
-@pytest.mark.parametrize("name", ["meta.json", "samples.safetensors", "manifest.jsonl"])
+IMAGE, LATENTS = "images/00003_1003.png", "latents/00007_1007.safetensors"
+
+
+@pytest.mark.parametrize("name", ["meta.json", "manifest.jsonl", IMAGE, LATENTS])
 def test_missing_files_are_named(pair: tuple[Path, Path], name: str) -> None:
     (pair[0] / name).unlink()
     with pytest.raises(EvaluationError, match=f"{name} is missing"):
@@ -72,9 +76,10 @@ def test_missing_files_are_named(pair: tuple[Path, Path], name: str) -> None:
         ("meta.json", "{", "meta.json is not JSON"),
         ("meta.json", '{"kind": "cat"}', "kind='cat' should be teacher or student"),
         ("meta.json", '{"kind": "student", "images": 3, "seconds": 1}', "has no nfe, network_evaluations"),
-        ("samples.safetensors", "damaged", "samples.safetensors is damaged"),
-        ("manifest.jsonl", '{"index": 0, "seed": 1, "prompt": "a"}\n', "does not hold one set of samples"),
-        ("manifest.jsonl", '{"index": 0}\n', "line 1 has no seed, prompt"),
+        (IMAGE, "damaged", f"{IMAGE} is damaged"),
+        (LATENTS, "damaged", f"{LATENTS} is damaged"),
+        ("manifest.jsonl", '{"index": 0, "seed": 1, "prompt": "a", "file": "a"}\n', "does not hold one set of samples"),
+        ("manifest.jsonl", '{"index": 0}\n', "line 1 has no seed, prompt, file"),
         ("manifest.jsonl", "{]\n", "line 1 is not JSON"),
     ],
 )
@@ -85,9 +90,9 @@ def test_damaged_files_are_named(pair: tuple[Path, Path], name: str, content: st
 
 
 def test_latents_that_are_not_finite_are_an_error(pair: tuple[Path, Path]) -> None:
-    path = pair[0] / "samples.safetensors"
+    path = pair[0] / LATENTS
     tensors = load_file(path)
-    tensors["latents"][7, 0, 0, 0] = float("nan")
+    tensors["latents"][0, 0, 0] = float("nan")
     save_file(tensors, path)
     with pytest.raises(EvaluationError, match="1 of 120 latents are not finite .first at index 7"):
         load_samples(pair[0])
@@ -194,3 +199,19 @@ def test_the_tool_prints_a_table(
     run_tool(load_tool("evaluate").main, arguments, "")
     printed = capsys.readouterr().out
     assert "student, 4 NFE: 120 images" in printed and "Frechet to reference" in printed
+
+
+def test_a_folder_without_latents_is_read_and_says_so(judge: Judge, pair: tuple[Path, Path]) -> None:
+    manifest = pair[0] / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "latents"}) + "\n" for line in lines))
+    samples, reference = (load_samples(path) for path in pair)
+    assert samples.latents_BCHW is None and (samples.images_BCHW.shape, len(samples.files)) == ((120, 1, 16, 16), 120)
+    found = judge.measure(samples, reference)
+    assert found.values.get("latent_relative_error") is None and "no latents" in found.notes["latent_relative_error"]
+
+
+def test_images_of_several_sizes_are_not_one_tensor(pair: tuple[Path, Path]) -> None:
+    Image.new("L", (24, 16)).save(pair[0] / IMAGE)
+    with pytest.raises(EvaluationError, match="images of several sizes"):
+        load_samples(pair[0])

@@ -1,0 +1,47 @@
+"""What the ranks of a sampling request tell one another beside a split model's layers: small lists, and that they are done."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from piflow_dist.parallel.topology import Topology, start_process_group
+from piflow_dist.sampling.settings import SampleConfig
+
+PATIENCE = timedelta(days=30)
+"""Ranks may finish hours apart. A rank that dies ends the others through its launcher, not through this."""
+
+
+class Control:
+    """A gloo group of all ranks, on the CPU whatever the model is on."""
+
+    def __init__(self):
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def from_main(self, flags: list[bool]) -> list[bool]:
+        """Rank 0's flags. (Ranks look at a shared folder at different moments.)"""
+        told = torch.tensor(flags, dtype=torch.uint8)
+        dist.broadcast(told, 0, group=self.group)
+        return told.bool().tolist()
+
+    def any_rank(self, flags: list[bool]) -> list[bool]:
+        """True where a rank says so."""
+        told = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
+        return told.bool().tolist()
+
+    def wait_for_all(self) -> None:
+        dist.barrier(group=self.group)
+
+    def close(self) -> None:
+        """Together: rank 0 may hold the store that the others' groups still ask."""
+        self.wait_for_all()
+        dist.destroy_process_group()
+
+
+def start_ranks(config: SampleConfig) -> tuple[Topology, Control]:
+    if config.compile:
+        os.environ["TORCHDYNAMO_DISABLE"] = "0"  # which training on a CPU sets
+    launch = config.launch
+    return start_process_group(launch.device, launch.timeout_seconds, config.parallel.tp), Control()

@@ -1,0 +1,49 @@
+"""Sampling as one call: what tools/sample.py does, for other code that wants a folder of images."""
+
+import dataclasses
+from pathlib import Path
+
+from piflow_dist.config import save_config
+from piflow_dist.launch.local import WorkerFailed, run_workers
+from piflow_dist.launch.lock import only_user
+from piflow_dist.sampling.gather import gather, prepare_folder
+from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request
+
+SETTINGS = "settings.yaml"
+
+
+def sample(config: SampleConfig) -> Path:
+    """Make the images of a request that are missing, in config.launch.processes processes. Returns the folder.
+
+    Raises ConfigError for what cannot be sampled, and WorkerFailed where a process failed or some images could not be made
+    (the folder is finished without them then).
+    """
+    request = build_request(config)
+    out = request.out
+    with only_user(out.with_name(f".{out.name}.lock"), f"out={out}"):
+        if prepare_folder(request):
+            print(f"{out}: all {len(request.images)} images are there.")
+            return out
+        if request.missing():
+            run_workers("piflow_dist.sampling.sampler", [str(write_settings(request))], config.launch, out / "logs")
+        finish(request)
+    print(f"{out}: {len(request.images)} images.")
+    return out
+
+
+def write_settings(request: SampleRequest) -> Path:
+    """For the processes; the checkpoint is named, as a training beside may save a newer one meanwhile."""
+    path = request.out / SETTINGS
+    save_config(dataclasses.replace(request.config, source=str(request.checkpoint)), path)
+    return path
+
+
+def finish(request: SampleRequest) -> None:
+    """Write what belongs to the whole folder. Raises WorkerFailed where images are missing in it."""
+    problem = gather(request)
+    if request.config.mlflow:
+        from piflow_dist.sampling.publish import publish
+
+        publish(request)
+    if problem:
+        raise WorkerFailed(problem)
