@@ -77,7 +77,7 @@ def test_what_a_step_costs(tmp_path: Path) -> None:
         (["experiment=demo_shortcut"], 16),
     ):
         found = budget("m", load_config([overrides[0], *common, *overrides[1:]]), [tmp_path])
-        assert (found.teacher_evaluations, found.seconds) == (asked, 0.3), overrides
+        assert (found.teacher_evaluations, found.seconds) == (asked, 0.2), overrides
     assert budget("m", load_config(["experiment=demo_meanflow", *common]), [tmp_path]).nfe == "any"
 
 
