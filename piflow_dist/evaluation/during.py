@@ -190,9 +190,16 @@ class TrainingEvaluation:
         names = figures.short_names(self.prompts)
         rows = [figures.GridRow(label=f"step {step}", images=list(images_Bchw))]
         if self.of_teacher is not None:
-            rows.insert(0, figures.GridRow(label=f"teacher, {self.settings.teacher_steps}", images=list(self.of_teacher[1])))
+            rows.insert(
+                0, figures.GridRow(label=f"teacher, {self.settings.teacher_steps}", images=list(self.of_teacher[1]))
+            )
         picture = figures.grid(rows, [names[prompt] for prompt in self.prompts], figures.tile_for(images_Bchw))
-        found = {"step": step, "weights": "ema" if self.settings.ema else "raw", "prompts": self.prompts, "values": values}
+        found = {
+            "step": step,
+            "weights": "ema" if self.settings.ema else "raw",
+            "prompts": self.prompts,
+            "values": values,
+        }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file(step, "png"), on_white(picture))
@@ -211,7 +218,8 @@ def read_prompts(config: Config, description: DatasetDescription) -> list[str]:
     if settings.prompts is None:
         prompts = list(description.prompts)
         require(
-            bool(prompts), f"{config.data.root} lists no captions. Give evaluation.prompts=FILE, one a line, or evaluation.every=0."
+            bool(prompts),
+            f"{config.data.root} lists no captions. Give evaluation.prompts=FILE, one a line, or evaluation.every=0.",
         )
     else:
         path = Path(settings.prompts)
