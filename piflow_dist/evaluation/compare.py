@@ -295,7 +295,7 @@ def measures(
                 found.append(
                     Measure(
                         ("fid_reference",),
-                        lambda: quality.fid_with_interval(features, Moments.of(other), n, seed, device),
+                        lambda: quality.fid_with_interval(features, Moments.of(other), n, seed, device, other),
                     )
                 )
     for key in scorers(tools):

@@ -102,7 +102,7 @@ def write_comparison(result: dict[str, Any], out: Path, name: str) -> Paths:
     present = [metric for metric in metrics if any(metric.key in row["results"] for row in result["rows"])]
     pictures = draw(aligned)
     context = {
-        "title": "Evaluation: " + ", ".join(row["title"] for row in result["rows"]),
+        "title": "Evaluation: " + "; ".join(row["title"] for row in result["rows"]),
         "rows": result["rows"],
         "metrics": present,
         "shown": shown,

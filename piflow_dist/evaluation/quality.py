@@ -26,9 +26,9 @@ WIDE, WIDE_RESAMPLES = 512, 20
 LEVEL = 0.95
 
 BOOTSTRAP = (
-    f"Intervals ({LEVEL:.0%}): images of the source are drawn anew with replacement (fixed seed), real ones and the reference stay as "
-    "they are; the quantiles of the results are moved so that their mean is the value, since drawing twice the same image biases "
-    "distances between sets. Diversity draws whole prompts."
+    f"Intervals ({LEVEL:.0%}): images of the source are drawn anew with replacement (fixed seed), the reference's with their "
+    "partners; real images stay as they are. The quantiles of the results are moved so that their mean is the value, since drawing "
+    "an image twice biases distances between sets. For diversity whole prompts are drawn."
 )
 
 QUALITY = (
@@ -179,10 +179,19 @@ def check_rank(*sets: Moments) -> None:
         )
 
 
-def fid_with_interval(features_BD: Tensor, theirs: Moments, resamples: int, seed: int, device: torch.device) -> Result:
+def fid_with_interval(
+    features_BD: Tensor,
+    theirs: Moments,
+    resamples: int,
+    seed: int,
+    device: torch.device,
+    partners_BD: Tensor | None = None,
+) -> Result:
     """FID by the library; the interval from resampled images, by a symmetric form of the same formula, which is faster.
 
     tr (S S')^1/2 is the sum of the roots of the eigenvalues of S'^1/2 S S'^1/2.
+    partners_BD: what `theirs` is of, where each image has a partner from the same noise: both are drawn together then, as one
+    set drawn anew beside the other as it is would look far from it.
     """
     mine = Moments.of(features_BD)
     value, D = fid(mine, theirs), features_BD.shape[1]
@@ -190,22 +199,32 @@ def fid_with_interval(features_BD: Tensor, theirs: Moments, resamples: int, seed
     if repeats == 0:
         return Result(value)
     features = features_BD.double().to(device)
-    mean, covariance = theirs.mean_D.to(device), theirs.covariance_DD.to(device)
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    partners = None if partners_BD is None else partners_BD.double().to(device)
+    mean, covariance, root = *moments_on(theirs, device), None
     found = []
     for index_B in draws(len(features), repeats, seed):
-        drawn = features[index_B.to(device)]
-        centred = drawn - drawn.mean(dim=0)
-        sample = centred.T @ centred / (len(drawn) - 1)
+        chosen_B = index_B.to(device)
+        if partners is not None:
+            mean, covariance = moments_on(Moments.of(partners[chosen_B]), device)
+            root = None
+        root = square_root(covariance) if root is None else root
+        sample_mean, sample = moments_on(Moments.of(features[chosen_B]), device)
         roots = torch.linalg.eigvalsh(root @ sample @ root).clamp(min=0).sqrt().sum()
-        difference = drawn.mean(dim=0) - mean
-        found.append(difference.square().sum() + sample.trace() + covariance.trace() - 2 * roots)
+        found.append((sample_mean - mean).square().sum() + sample.trace() + covariance.trace() - 2 * roots)
     spread = torch.stack(found).cpu()
     if D > WIDE:
         deviation = 1.96 * spread.std().item() if repeats > 1 else 0.0
         return Result(value, max(value - deviation, 0.0), value + deviation)
-    return interval(value, spread)
+    return interval(value, spread, least=0.0)
+
+
+def moments_on(moments: Moments, device: torch.device) -> tuple[Tensor, Tensor]:
+    return moments.mean_D.to(device), moments.covariance_DD.to(device)
+
+
+def square_root(covariance_DD: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance_DD)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
 def kid(features_BD: Tensor, real_ND: Tensor) -> Result:
@@ -242,7 +261,7 @@ def precision_recall(features_BD: Tensor, real_ND: Tensor, resamples: int, seed:
     for key, count in ((library.KEY_METRIC_PRECISION, len(features_BD)), (library.KEY_METRIC_RECALL, len(real_ND))):
         # A share of images, each in or out: as many draws of an image are a binomial number.
         drawn = generator.binomial(count, found[key], size=resamples) / count
-        results.append(interval(found[key], torch.from_numpy(drawn)))
+        results.append(interval(found[key], torch.from_numpy(drawn), least=0.0, most=1.0))
     return results[0], results[1]
 
 
@@ -311,15 +330,15 @@ def resampled(measure: Callable[[Tensor], float], rows: Tensor, value: float, re
     return interval(value, torch.tensor(found, dtype=torch.float64))
 
 
-def interval(value: float, found: Tensor) -> Result:
-    """The quantiles of what resamples gave, moved by the difference of its mean to the value."""
+def interval(value: float, found: Tensor, least: float = -math.inf, most: float = math.inf) -> Result:
+    """The quantiles of what resamples gave, moved by the difference of its mean to the value; within what a value can be."""
     found = found[found.isfinite()]
     if len(found) < 2:
         return Result(value)
     tail = (1 - LEVEL) / 2
     low, high = torch.quantile(found, torch.tensor([tail, 1 - tail], dtype=found.dtype)).tolist()
     shift = value - found.mean().item()
-    return Result(value, low + shift, high + shift)
+    return Result(value, *(min(max(end + shift, least), most) for end in (low, high)))
 
 
 def _library(name: str) -> object:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,6 +29,10 @@ def write_samples(
         for index, prompt in enumerate(prompts)
     ]
     (path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "images").mkdir()
+    for line, image in zip(lines, images_BCHW, strict=True):
+        pixels = image.permute(1, 2, 0).numpy()
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path / line["file"])
     meta = {
         "source": f"outputs/demo/{kind}",
         "kind": kind,
