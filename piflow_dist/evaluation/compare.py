@@ -208,7 +208,20 @@ def together(notes: dict[str, str], share: Share) -> dict[str, str]:
 
 
 def compare(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
-    """Everything measured, on rank 0; None on the others. Raises EvaluationError where inputs do not fit each other."""
+    """Everything measured, on rank 0; None on the others. Raises EvaluationError where inputs do not fit each other.
+
+    On a CPU with one thread, as the order of a sum over threads depends on their number: more cores are used by more processes.
+    """
+    threads = torch.get_num_threads()
+    if share.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        return measure_all(config, share)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
     folders = [open_samples(path) for path in config.samples]
     reference = find_reference(config, folders)
     for samples in folders if reference is not None else []:
@@ -429,9 +442,6 @@ def main() -> None:
     config = read_config(Path(sys.argv[1]), EvaluateConfig)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     topology = start_process_group(config.launch.device, config.launch.timeout_seconds)
-    if topology.device.type == "cpu":
-        # The order of a sum over threads depends on their number: more cores are used by more processes.
-        torch.set_num_threads(1)
     share = Share(topology.rank, topology.world_size, topology.device)
     result = compare(config, share)
     if result is not None:
