@@ -158,7 +158,7 @@ class TrainingEvaluation:
         return latents_BCHW, images_Bchw
 
     def _noise(self, index: int) -> Tensor:
-        """The noise that tools/sample.py starts image `index` of a request with this seed from."""
+        """A function of evaluation.seed and the place among the images, on any number of ranks and devices."""
         digest = hashlib.blake2b(f"{self.settings.seed},{index}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         return torch.randn(self.latent_shape, generator=generator)

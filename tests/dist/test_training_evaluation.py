@@ -203,7 +203,7 @@ def test_values_are_those_of_the_checkpoint_on_one_process(runs: tuple[Path, lis
 
 
 def inputs_of(run: Config) -> Batch:
-    """Noise, as tools/sample.py draws it, and prompts."""
+    """The noises of evaluation.seed, and the prompts."""
     prompts = [prompt for prompt in sorted(PROMPTS) for _ in range(run.evaluation.images_per_prompt)]
     noises = []
     for index in range(len(prompts)):
