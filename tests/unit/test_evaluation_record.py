@@ -27,10 +27,16 @@ def test_an_evaluation_is_a_child_of_its_training(tmp_path: Path) -> None:
     for name in ("report.html", "grid.png"):
         (tmp_path / name).write_bytes(b"content")
     run_dir = write_run(tmp_path / "run", uri, parent)
-    found = log_evaluation(run_dir, "four steps", {"student/fid": 2.5}, [tmp_path / "report.html", tmp_path / "grid.png"])
+    found = log_evaluation(
+        run_dir, "four steps", {"student/fid": 2.5}, [tmp_path / "report.html", tmp_path / "grid.png"]
+    )
     child = client.get_run(found)
     assert child.data.tags["mlflow.parentRunId"] == parent and child.info.experiment_id == experiment
-    assert (child.info.run_name, child.info.status, child.data.metrics) == ("four steps", "FINISHED", {"student/fid": 2.5})
+    assert (child.info.run_name, child.info.status, child.data.metrics) == (
+        "four steps",
+        "FINISHED",
+        {"student/fid": 2.5},
+    )
     assert [file.path for file in client.list_artifacts(found)] == ["figures", "report.html"]
     assert client.get_run(parent).data.metrics == {}
 
