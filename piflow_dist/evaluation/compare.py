@@ -22,12 +22,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import read_config
 from piflow_dist.evaluation import quality
-from piflow_dist.evaluation.evaluate import small_network_of
 from piflow_dist.evaluation.folder import SampleList, check_same_noises, open_samples
+from piflow_dist.evaluation.instruments import Tools, open_tools, scorers
 from piflow_dist.evaluation.metrics import NotMeasurable, psnr_per_image
-from piflow_dist.evaluation.networks import Clip, FeatureNetwork, Inception, Lpips, Reward, SmallNetwork
+from piflow_dist.evaluation.networks import FeatureNetwork, Lpips, SmallNetwork
 from piflow_dist.evaluation.quality import Result
-from piflow_dist.evaluation.real import Moments, RealStatistics, by_shape, real_statistics
+from piflow_dist.evaluation.real import Moments, RealStatistics, by_shape
 from piflow_dist.evaluation.samples import EvaluationError
 from piflow_dist.evaluation.settings import EvaluateConfig
 from piflow_dist.evaluation.shares import Share
@@ -37,18 +37,6 @@ RESULT = "result.json"
 SMALL = 32
 """Edge that images are reduced to for distances between pixels."""
 READERS = 4
-
-
-@dataclass
-class Tools:
-    """What images are looked at with. `notes`: why something is not there, by what it would have measured."""
-
-    network: FeatureNetwork | None = None
-    clip: Clip | None = None
-    lpips: Lpips | None = None
-    rewards: list[Reward] = field(default_factory=list)
-    real: RealStatistics | None = None
-    notes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,46 +51,6 @@ class Row:
     folder: str
     results: dict[str, Result] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
-
-
-def open_tools(config: EvaluateConfig, share: Share, sample: Tensor | None) -> Tools:
-    """Networks and real statistics; what is missing is noted. sample: an image, whose size a small network must fit."""
-    tools = Tools()
-
-    def attempt(option: str, make: Callable[[], Any]) -> Any:
-        try:
-            return make()
-        except NotMeasurable as reason:
-            tools.notes[option] = str(reason)
-            return None
-
-    if config.inception is not None:
-        tools.network = attempt("features", lambda: Inception(config.inception, share.device))
-    if tools.network is None and config.dataset is not None:
-        tools.network = SmallNetwork(*small_network_of(config.dataset, Path(config.cache), share))
-        if sample is not None and tuple(sample.shape) != tools.network.image_shape:
-            size, wanted = tuple(sample.shape), tools.network.image_shape
-            tools.notes.setdefault("features", f"images are {size}, those of dataset={config.dataset} {wanted}.")
-            tools.network = None
-    if tools.network is None:
-        tools.notes.setdefault("features", "there is no feature network. Set inception=FILE, or dataset=DIR.")
-    tools.clip = attempt("clip_score", lambda: Clip(config.clip, share.device)) if config.clip else None
-    tools.lpips = attempt("lpips", lambda: Lpips(config.lpips, share.device)) if config.lpips else None
-    if config.clip is None:
-        tools.notes["clip_score"] = "no weights. Set clip=DIR."
-    if config.lpips is None:
-        tools.notes["lpips"] = "no weights. Set lpips=FILE."
-    for entry in config.rewards:
-        reward = attempt(entry.partition(":")[2], lambda entry=entry: Reward.load(entry))
-        tools.rewards += [reward] if reward is not None else []
-    source = config.real or config.dataset
-    if tools.network is not None and source is not None:
-        tools.real = real_statistics(
-            source, config.real_split, tools.network, share, config.batch_size, Path(config.cache)
-        )
-    elif source is None:
-        tools.notes["real"] = "there are no real images. Set real= to a prepared set, a folder of images or statistics."
-    return tools
 
 
 def look_at(
@@ -144,11 +92,6 @@ def rows_of(tools: Tools, reference: SampleList | None) -> list[str]:
     if reference is not None:
         keys += ["psnr", "latent"] + (["lpips"] if tools.lpips is not None else [])
     return keys
-
-
-def scorers(tools: Tools) -> dict[str, Callable[[list[Tensor], list[str]], Tensor]]:
-    found = {} if tools.clip is None else {"clip_score": tools.clip.score}
-    return found | {reward.name: reward.score for reward in tools.rewards}
 
 
 def add_features(
