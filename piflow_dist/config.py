@@ -552,6 +552,45 @@ class TrackingConfig:
 
 
 @dataclass(kw_only=True)
+class EvaluationConfig:
+    """Images from fixed prompts and noises while training goes on, beside the teacher's (docs/evaluation.md)."""
+
+    every: int = 0
+    """Steps between evaluations; 0: none."""
+    prompts: str | None = None
+    """Text file, one prompt a line; default: the captions that the data set lists."""
+    max_prompts: int = 8
+    """The first so many of them."""
+    images_per_prompt: int = 2
+    """From two on the diversity within a prompt can be told."""
+    seed: int = 0
+    """Of the noises: the same at every evaluation."""
+    ema: bool = True
+    """Averaged weights, or the raw ones."""
+    nfe: int | None = None
+    """Student evaluations per image; default: as trained."""
+    temperature: str = "auto"
+    """Of a GMFlow student, at every step but the last: a number, or auto = 0.1 (nfe - 1)."""
+    teacher_steps: int = 50
+    """Euler steps of the teacher's images, which are made once a process; of a teacher in training, of all its images."""
+    guidance: float = 1.0
+    """Guidance scale of a teacher in training; a student's teacher has distill.guidance."""
+    batch_size: int = 8
+    """Images per process and forward pass."""
+
+    def __post_init__(self):
+        require_positive("evaluation", self, "max_prompts", "images_per_prompt", "teacher_steps", "batch_size")
+        require(self.every >= 0, f"evaluation.every={self.every} must not be negative. Use 0 for none.")
+        require(self.guidance >= 1, f"evaluation.guidance={self.guidance} is below 1. Use 1 for none.")
+        if self.temperature != "auto":
+            try:
+                valid = 0 < float(self.temperature) <= 1
+            except ValueError:
+                valid = False
+            require(valid, f"evaluation.temperature={self.temperature} must be auto or a number in (0, 1].")
+
+
+@dataclass(kw_only=True)
 class Config:
     """One training run."""
 
@@ -580,6 +619,7 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig | None = None
     """Where the run is to happen (+cluster=NAME): decides launch.processes and launch.device. None: this machine."""
 
@@ -654,6 +694,13 @@ class Config:
         )
         self.check_parallel()
         self.check_baselines()
+        if self.distils and self.evaluation.nfe is not None:
+            require(
+                self.evaluation.nfe == self.distill.nfe
+                or (self.policy.type == "gmflow" and self.evaluation.nfe > self.distill.nfe),
+                f"evaluation.nfe={self.evaluation.nfe}: a student of distill.nfe={self.distill.nfe} is sampled at that many "
+                "evaluations, a GMFlow one at more as well.",
+            )
         if self.distils:
             require(
                 bool(self.distill.teacher),

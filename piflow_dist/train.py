@@ -38,6 +38,7 @@ from piflow_dist.distill.objectives import (
     imitation_datafree_step,
     teacher_ratio,
 )
+from piflow_dist.evaluation.during import TrainingEvaluation
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.launch.console import StepProgress, start_logging
 from piflow_dist.launch.exits import FINISHED, STOPPED
@@ -85,6 +86,7 @@ class Run:
     watchdog: Watchdog | Unwatched
     straggler: StragglerProbe
     saver: CheckpointSaver
+    evaluation: TrainingEvaluation
     parent: str | None = None
     """The checkpoint that this process went on from."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -126,10 +128,11 @@ def build_run(config: Config, topology: Topology, watchdog: Watchdog | Unwatched
         device=topology.device,
         augment=config.data.augment,
     )
+    schedule = build_schedule(config.schedule, description.typical_shape)
     return Run(
         config=config,
         topology=topology,
-        schedule=build_schedule(config.schedule, description.typical_shape),
+        schedule=schedule,
         model=model,
         teacher=teacher,
         ema=Ema(model.masters, config.ema.gamma, config.ema.start_step),
@@ -140,6 +143,7 @@ def build_run(config: Config, topology: Topology, watchdog: Watchdog | Unwatched
         watchdog=watchdog,
         straggler=StragglerProbe(topology.device, config.tracking.log_every),
         saver=CheckpointSaver(Path(config.run_dir) / "checkpoints", topology, config.checkpoint),
+        evaluation=TrainingEvaluation(config, description, schedule, topology),
         started_from=None if initial is None else initial.lineage,
     )
 
@@ -303,8 +307,9 @@ def train(run: Run, tracker: Tracker | None) -> bool:
 
     Returns whether all steps are done: a request to stop (launch/signals.py) ends the loop after a checkpoint.
     """
-    config, state, watchdog, figures = run.config, run.state, run.watchdog, {}
+    config, state, watchdog = run.config, run.state, run.watchdog
     title, stop = Path(config.run_dir).name, False
+    figures = evaluate(run, tracker) if run.evaluation.is_owed(state.step) else {}
     with StepProgress(title, config.train.steps, state.step, config.tracking.log_every * 5) as progress:
         while state.step < config.train.steps and not stop:
             began = time.perf_counter()
@@ -322,6 +327,8 @@ def train(run: Run, tracker: Tracker | None) -> bool:
             run.metrics |= run.straggler.measure(state.step)
             save_is_due, settled = run.saver.at_boundary(state.step)
             watchdog.end_step("metrics and checkpoint")
+            if run.evaluation.is_due(state.step) and not stop:
+                run.metrics |= evaluate(run, tracker)
             if tracker is not None:
                 tracker.log(state.step, run.metrics | figures | settled)
                 progress.update(state.step, f"loss {loss:.4f}  {run.metrics['seconds']:.3f} s/step")
@@ -332,6 +339,16 @@ def train(run: Run, tracker: Tracker | None) -> bool:
     if tracker is not None:
         tracker.log_late(state.step, figures)
     return state.step == config.train.steps
+
+
+def evaluate(run: Run, tracker: Tracker | None) -> dict[str, float]:
+    """Images of fixed prompts beside the teacher's (evaluation.every); metrics on rank 0. Between two steps."""
+    run.watchdog.enter("evaluation")
+    values, picture = run.evaluation.run(run.state.step, run.model, run.teacher, run.ema.averages)
+    if tracker is not None and picture is not None:
+        tracker.log_artifact(picture, "evaluation")
+    run.watchdog.enter("metrics and checkpoint")
+    return values
 
 
 def check_best_metric(run: Run) -> None:

@@ -16,8 +16,8 @@ from data_pipeline.settings import list_settings, parse_settings
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.cli import run_tool
 from piflow_dist.config import ConfigError, load_config, require, require_positive
-from piflow_dist.evaluation.comparison import Budget, Entry, budget, panels, tables
 from piflow_dist.evaluation.evaluate import Judge, as_json
+from piflow_dist.evaluation.objectives import Budget, Entry, budget, panels, tables
 from piflow_dist.evaluation.progress import training_progress
 from piflow_dist.evaluation.samples import load_samples
 from piflow_dist.launch.console import console

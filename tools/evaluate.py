@@ -1,6 +1,7 @@
-"""Measure a folder of samples: python tools/evaluate.py samples=DIR reference=DIR dataset=DIR
+"""Compare samples: python tools/evaluate.py samples=[DIR,DIR] reference=DIR [inception=FILE real=IMAGES | dataset=DIR] [key=value ...]
 
-Writes metrics.json into the samples' folder.
+sources=[{source:RUN,nfe:2},{source:TEACHER,steps:50,guidance:4}] samples first, as tools/sample.py does. stats=FILE real=IMAGES makes
+statistics of real images once. Writes evaluation.html, .md and .json into out= (docs/evaluation.md).
 """
 
 import sys
@@ -10,44 +11,39 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import DataError
-from data_pipeline.settings import list_settings, parse_settings
 from piflow_dist.cli import fail, run_tool
-from piflow_dist.evaluation.evaluate import EvaluateConfig, evaluate
-from piflow_dist.evaluation.metrics import METRICS
-from piflow_dist.evaluation.progress import training_progress
+from piflow_dist.evaluation.comparison import metrics_of, notes_of, shown
+from piflow_dist.evaluation.run import evaluate
 from piflow_dist.evaluation.samples import EvaluationError
+from piflow_dist.evaluation.settings import EvaluateConfig, load_evaluation
+from piflow_dist.help import explain_keys
 
 
 def main(arguments: list[str]) -> None:
+    config = load_evaluation(arguments)
     try:
-        options = parse_settings(EvaluateConfig, arguments)
-    except ValueError as error:
-        fail(f"error: {error}", 2)
-    try:
-        with training_progress() as progress:
-            result = evaluate(
-                options.samples,
-                options.reference,
-                options.dataset,
-                cache_dir=options.cache,
-                device=options.device,
-                progress=progress,
-            )
+        result, paths = evaluate(config)
     except (EvaluationError, DataError, OSError) as error:
         fail(f"error: {error}", 2)
-    table = Table(title=f"{result['title']}: {result['count']} images", title_justify="left", box=box.SIMPLE)
+    if config.stats is not None:
+        print(f"{config.stats}: statistics of {result['real']} by {result['network']}.")
+    if paths is None:
+        return
+    metrics = metrics_of(result)
+    table = Table(box=box.SIMPLE)
     table.add_column("metric", no_wrap=True)
-    table.add_column("value", justify="right")
-    table.add_column("")
-    for metric in METRICS:
-        table.add_row(metric.title, metric.text(result["values"][metric.key]), metric.sense)
+    for row in result["rows"]:
+        table.add_column(f"{row['title']}\n{row['count']} images", justify="right")
+    for metric in metrics:
+        if any(metric.key in row["results"] for row in result["rows"]):
+            cells = [shown(metric, row["results"].get(metric.key)) for row in result["rows"]]
+            table.add_row(metric.title, *("\n".join(filter(None, cell)) for cell in cells))
     console = Console()
     console.print(table)
-    for key, note in result["notes"].items():
-        console.print(f"{key}: {note}", markup=False)
-    console.print(f"Written to {options.samples}/metrics.json, with the definition of each metric.", markup=False)
+    for note in notes_of(result, metrics):
+        console.print(f"not measured: {note}", markup=False)
+    print(f"Report: {paths.html} (also {paths.markdown.name} and {paths.numbers.name})")
 
 
 if __name__ == "__main__":
-    defaults = f"Options and their defaults (piflow_dist/evaluation/evaluate.py explains them):\n{list_settings(EvaluateConfig)}"
-    run_tool(main, sys.argv[1:], f"{__doc__}\n{defaults}")
+    run_tool(main, sys.argv[1:], f"{__doc__}\nKeys and defaults:\n{explain_keys(EvaluateConfig)}")

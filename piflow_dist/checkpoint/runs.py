@@ -14,6 +14,7 @@ MAY_CHANGE = (
     "launch.",
     "parallel.",
     "tracking.",
+    "evaluation.",
     "cluster",
     "cluster.",
     "watchdog.",

@@ -1,138 +1,142 @@
-"""The comparison of objectives (tools/compare.py): measurements of several trainings each, as a table and a figure."""
+"""The report of an evaluation: one HTML file, one markdown table with its pictures, and the numbers as JSON."""
 
+import base64
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from statistics import mean, stdev
+from typing import Any
 
-from piflow_dist.config import Config
-from piflow_dist.distill.objectives import needs_uncond
-from piflow_dist.evaluation.figures import COLOURS, INK, _figure, _finish
-from piflow_dist.evaluation.metrics import METRICS
+from piflow_dist.evaluation import figures
+from piflow_dist.evaluation.evaluate import write_atomically
+from piflow_dist.evaluation.folder import SampleList, open_samples
+from piflow_dist.evaluation.metrics import Metric
+from piflow_dist.evaluation.quality import QUALITY
+from piflow_dist.evaluation.report import render
+from piflow_dist.evaluation.samples import EvaluationError
 
-SHOWN = ("psnr_db", "frechet_reference", "diversity", "prompt_accuracy", "frechet_real")
-QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-"""Student's t at 97.5 % for 1, 2, ... degrees of freedom; 1.96 beyond."""
-MARKERS = "osD^v*"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One source at one number of evaluations: its measurements, one for each training."""
-
-    method: str
-    nfe: int
-    values: list[dict[str, float | None]]
-
-    def interval(self, key: str) -> tuple[float, float] | None:
-        """(mean, half the 95 % interval of the mean over trainings); NaN for a half where there is one training."""
-        found = [values[key] for values in self.values if values[key] is not None]
-        if not found:
-            return None
-        if len(found) == 1:
-            return found[0], math.nan
-        quantile = QUANTILES[len(found) - 2] if len(found) - 2 < len(QUANTILES) else 1.96
-        return mean(found), quantile * stdev(found) / math.sqrt(len(found))
+COLUMNS = 8
+GRIDS = 3
+EN_DASH = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What a training of one method costs. seconds: of a step, one of the fastest tenth (other work on the machine slows the rest)."""
-
-    method: str
-    nfe: str
-    steps: int
-    teacher_evaluations: int
-    student_passes: str
-    seconds: float
+class Paths:
+    html: Path
+    markdown: Path
+    numbers: Path
+    pictures: list[Path]
 
 
-def budget(method: str, config: Config, runs: Sequence[Path]) -> Budget:
-    """From a training's settings and the metrics.jsonl of all of that kind."""
-    distill = config.distill
-    guided = 2 if needs_uncond(distill.guidance.scale) and not config.model.guidance_embeds else 1
-    segments = distill.nfe if config.objective == "imitation_datafree" else 1
-    asked = {
-        "meanflow": int(distill.meanflow.velocity == "teacher"),
-        "shortcut_regression": distill.teacher_substeps,
-    }.get(config.objective, distill.num_intermediate_states * segments)
-    rows = [json.loads(line)["seconds"] for run in runs for line in (run / "metrics.jsonl").read_text().splitlines()]
-    passes = f"{segments} forward and backward" + (", 1 derivative" if config.objective == "meanflow" else "")
-    nfe = "any" if config.objective == "meanflow" else str(distill.nfe)
-    return Budget(method, nfe, config.train.steps, asked * guided, passes, sorted(rows)[len(rows) // 10])
-
-
-def text(key: str, interval: tuple[float, float] | None) -> str:
-    metric = next(metric for metric in METRICS if metric.key == key)
-    if interval is None:
-        return "—"
-    middle, half = interval
-    shown = metric.text(middle)
-    if math.isnan(half):
-        return shown
-    return f"{shown} ± {100 * half:.1f}" if metric.unit == "%" else f"{shown} ± {half:.{metric.digits}f}"
-
-
-def tables(entries: Sequence[Entry], budgets: Sequence[Budget]) -> str:
-    """Markdown: quality by method and number of evaluations, and what the trainings cost."""
-    titles = [next(metric.title for metric in METRICS if metric.key == key) for key in SHOWN]
-    lines = [
-        f"| | NFE | {' | '.join(titles)} |",
-        f"|---|---:|{'---:|' * len(SHOWN)}",
-        *(
-            f"| {entry.method} | {entry.nfe} | {' | '.join(text(key, entry.interval(key)) for key in SHOWN)} |"
-            for entry in entries
-        ),
-        "",
-        "| | trained for NFE | steps | teacher evaluations / image and step | student passes | seconds / step (fastest tenth) |",
-        "|---|---:|---:|---:|---|---:|",
-        *(
-            f"| {b.method} | {b.nfe} | {b.steps:,} | {b.teacher_evaluations} | {b.student_passes} | {b.seconds:.3f} |"
-            for b in budgets
-        ),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def panels(entries: Sequence[Entry]) -> bytes:
-    """PNG: one panel a metric over the number of evaluations, with intervals."""
-    figure, axes = _figure(1, 4, height=3.2)
-    methods = list(dict.fromkeys(entry.method for entry in entries))
-    students = [method for method in methods if not method.startswith("teacher")]
-    colours = dict(zip(students, [COLOURS["student"], *COLOURS["teacher"]], strict=False))
-    for axis, key in zip(axes, SHOWN, strict=False):
-        for place, method in enumerate(methods):
-            found = [(e.nfe, *e.interval(key)) for e in entries if e.method == method and e.interval(key)]
-            if not found or found[0][0] > 8:  # the reference itself
-                continue
-            nfes, middles, halves = zip(*found, strict=True)
-            shifted = [nfe * 1.04 ** (place - len(methods) / 2) for nfe in nfes]  # so that intervals stay apart
-            teacher = method not in colours
-            axis.errorbar(
-                shifted,
-                middles,
-                [0 if math.isnan(half) else half for half in halves],
-                color=INK if teacher else colours[method],
-                linestyle=":" if teacher else "-",
-                marker=MARKERS[place % len(MARKERS)],
-                markersize=4,
-                linewidth=1.2,
-                capsize=2,
-                label=method,
-            )
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({entry.nfe for entry in entries if entry.nfe <= 8}))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlabel("NFE")
-        axis.set_title(
-            next(metric.title for metric in METRICS if metric.key == key), color=INK, loc="left", fontsize=10
+def metrics_of(result: dict[str, Any]) -> list[Metric]:
+    """The table's metrics, the user's own scores after the others that judge a prompt."""
+    own = [
+        Metric(
+            key=name,
+            title=name,
+            better="higher",
+            digits=3,
+            definition=result["definitions"].get(name, "Score of your own."),
         )
-        if key == "frechet_reference":
-            axis.set_yscale("log")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, labelcolor=INK, fontsize=9
+        for name in result["rewards"]
+    ]
+    at = next(number for number, metric in enumerate(QUALITY) if metric.key == "prompt_accuracy")
+    return [*QUALITY[:at], *own, *QUALITY[at:]]
+
+
+def shown(metric: Metric, found: dict[str, float | None] | None) -> tuple[str, str]:
+    """(value, interval) as text; the interval is empty where there is none."""
+    if found is None:
+        return metric.text(None), ""
+    if found["low"] is None:
+        return metric.text(found["value"]), ""
+    low, high = (metric.text(found[end]).replace(f"{metric.unit}", "").strip() for end in ("low", "high"))
+    return metric.text(found["value"]), f"{low} {EN_DASH} {high}"
+
+
+def notes_of(result: dict[str, Any], metrics: list[Metric]) -> list[str]:
+    """Reasons for missing values, each once, with the sources it is true of."""
+    titles = {metric.key: metric.title for metric in metrics}
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for row in result["rows"]:
+        for key, note in row["notes"].items():
+            if note != "this is the reference.":
+                reasons.setdefault(note, {}).setdefault(row["title"], []).append(titles.get(key, key))
+    lines = []
+    for note, by_row in reasons.items():
+        every = len(by_row) == len(result["rows"]) and len({tuple(keys) for keys in by_row.values()}) == 1
+        where = "" if every else f" ({'; '.join(by_row)})"
+        keys = list(dict.fromkeys(key for keys in by_row.values() for key in keys))
+        lines.append(f"{', '.join(keys)}{where}: {note}")
+    return lines
+
+
+def draw(folders: list[SampleList]) -> dict[str, bytes]:
+    """Grids: a column is one prompt and seed, a row one source. The first columns, not picked."""
+    prompts = folders[0].prompts
+    order = figures.choose_columns(prompts, prompts, COLUMNS * GRIDS)
+    names = figures.short_names(prompts)
+    pictures = {}
+    for number in range(GRIDS):
+        columns = order[number * COLUMNS : (number + 1) * COLUMNS]
+        if not columns:
+            break
+        rows = [
+            figures.GridRow(label=samples.title, images=[samples.image(index) for index in columns])
+            for samples in folders
+        ]
+        pictures[f"grid_{number + 1}"] = figures.grid(
+            rows, [names[prompts[index]] for index in columns], figures.tile_for(rows[0].images)
+        )
+    return pictures
+
+
+def write_comparison(result: dict[str, Any], out: Path, name: str) -> Paths:
+    """<name>.html (pictures inside), <name>.md (pictures in figures/) and <name>.json; the HTML last. Raises EvaluationError."""
+    folders = [open_samples(row["folder"]) for row in result["rows"]]
+    if result["reference"] is not None and result["reference_folder"] not in {row["folder"] for row in result["rows"]}:
+        folders.append(open_samples(result["reference_folder"]))
+    keys = [[(line["prompt"], line["seed"]) for line in samples.lines] for samples in folders]
+    aligned = [samples for samples, found in zip(folders, keys, strict=True) if found == keys[0]]
+    metrics = metrics_of(result)
+    present = [metric for metric in metrics if any(metric.key in row["results"] for row in result["rows"])]
+    pictures = draw(aligned)
+    context = {
+        "title": "Evaluation: " + "; ".join(row["title"] for row in result["rows"]),
+        "rows": result["rows"],
+        "metrics": present,
+        "shown": shown,
+        "notes": notes_of(result, metrics),
+        "intervals": result["intervals"] if result["resamples"] else "No intervals were computed (resamples=0).",
+        "network": result["network"],
+        "real": result["real"],
+        "reference": next((s.title for s in folders if str(s.path) == result["reference_folder"]), None),
+        "left_out": [samples.name for samples in folders if samples not in aligned],
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    figure_dir = out / "figures"
+    try:
+        figure_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"The report cannot be written to {out} ({error}). Set out=DIR.") from error
+    files = {key: figure_dir / f"{name}_{key}.png" for key in pictures}
+    for key, data in pictures.items():
+        write_atomically(files[key], data)
+    inline = {key: "data:image/png;base64," + base64.b64encode(data).decode() for key, data in pictures.items()}
+    linked = {key: f"figures/{path.name}" for key, path in files.items()}
+    paths = Paths(out / f"{name}.html", out / f"{name}.md", out / f"{name}.json", list(files.values()))
+    write_atomically(paths.numbers, json.dumps(result, indent=1) + "\n")
+    for row in result["rows"]:  # beside the images too, as the demo's report does
+        beside = {key: value for key, value in result.items() if key != "rows"} | row
+        write_atomically(Path(row["folder"]) / "metrics.json", json.dumps(beside, indent=1) + "\n")
+    plain = [replace(metric, title=metric.title.replace("|", "/")) for metric in present]
+    write_atomically(
+        paths.markdown, render("evaluation.md.j2", context | {"pictures": linked, "metrics": plain}, escape=False)
     )
-    return _finish(figure)
+    write_atomically(paths.html, render("evaluation.html.j2", context | {"pictures": inline}, escape=True))
+    return paths
+
+
+def tracked_values(result: dict[str, Any]) -> dict[str, float]:
+    """ "source/metric" -> value, for MLflow."""
+    return {f"{row['name']}/{key}": found["value"] for row in result["rows"] for key, found in row["results"].items()}

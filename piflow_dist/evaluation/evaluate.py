@@ -1,6 +1,5 @@
 """Evaluation of sample folders against a reference from the same noises and against the real images of a data set."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -9,31 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import MISSING
 from torch import Tensor
 
 from piflow_dist.evaluation import metrics
 from piflow_dist.evaluation.features import LabelledImages, TrainedFeatureNet, load_or_train
 from piflow_dist.evaluation.metrics import METRICS, NotMeasurable
-from piflow_dist.evaluation.samples import EvaluationError, SampleFolder, check_same_noises, load_samples
+from piflow_dist.evaluation.progress import training_progress
+from piflow_dist.evaluation.samples import EvaluationError, SampleFolder, check_same_noises
+from piflow_dist.evaluation.shares import Share
 
 FORMAT = 1
-
-
-@dataclass(kw_only=True)
-class EvaluateConfig:
-    """Measures one folder of samples and writes metrics.json into it."""
-
-    samples: str = MISSING
-    """Folder that tools/sample.py wrote."""
-    dataset: str = MISSING
-    """Folder that tools/prepare_data.py wrote: its real images train the feature network and are compared with."""
-    reference: str | None = None
-    """Sample folder from the same prompts and seeds to compare with, for example the teacher at 100 steps."""
-    cache: str = "outputs/feature_net"
-    """Folder that keeps the trained feature network."""
-    device: str = "cpu"
-    """Where the feature network runs: cpu or cuda."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +59,14 @@ class Judge:
         """Read the data set and train the feature network, or take it from the cache."""
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise EvaluationError(f"device={device}: PyTorch sees no GPU here. Set device=cpu.")
-        train_BCHW, train_prompts = read_real_images(root, "train")
-        test_BCHW, test_prompts = read_real_images(root, "test")
-        classes = sorted(set(train_prompts) | set(test_prompts))
-        index = {name: number for number, name in enumerate(classes)}
-        sets = [
-            LabelledImages(images_BCHW=images, labels_B=torch.tensor([index[prompt] for prompt in prompts]))
-            for images, prompts in ((train_BCHW, train_prompts), (test_BCHW, test_prompts))
-        ]
-        net = load_or_train(*sets, classes, cache_dir, device=device, progress=progress)
-        real_features_BD, _ = net.net.describe(train_BCHW)
+        train, test, classes = labelled_splits(root)
+        net = load_or_train(train, test, classes, cache_dir, device=device, progress=progress)
+        real_features_BD, _ = net.net.describe(train.images_BCHW)
         return cls(
-            feature_net=net, real_features_BD=real_features_BD, test_images_BCHW=test_BCHW, test_prompts=test_prompts
+            feature_net=net,
+            real_features_BD=real_features_BD,
+            test_images_BCHW=test.images_BCHW,
+            test_prompts=[classes[label] for label in test.labels_B],
         )
 
     def measure(self, samples: SampleFolder, reference: SampleFolder | None) -> Evaluation:
@@ -183,24 +163,27 @@ class _Results:
         return {metric.key: self.values.get(metric.key) for metric in METRICS}
 
 
-def evaluate(
-    samples_dir: Path | str,
-    reference_dir: Path | str | None,
-    dataset_root: Path | str,
-    *,
-    cache_dir: Path | str = "outputs/feature_net",
-    device: str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Measure one sample folder and write the result to samples_dir/metrics.json, replacing an older one at once."""
-    samples = load_samples(samples_dir)
-    reference = load_samples(reference_dir) if reference_dir else None
-    if reference is not None:
-        check_same_noises(samples, reference)  # before the feature network is trained
-    judge = Judge.from_dataset(dataset_root, cache_dir=cache_dir, device=device, progress=progress)
-    result = as_json(judge.measure(samples, reference), judge, samples, reference, dataset_root)
-    write_atomically(samples.path / "metrics.json", json.dumps(result, indent=2) + "\n")
-    return result
+def labelled_splits(root: Path | str) -> tuple[LabelledImages, LabelledImages, list[str]]:
+    """The training and the held-out real images with their captions as classes, and these."""
+    splits = [read_real_images(root, split) for split in ("train", "test")]
+    classes = sorted({prompt for _, prompts in splits for prompt in prompts})
+    index = {name: number for number, name in enumerate(classes)}
+    train, test = (
+        LabelledImages(images_BCHW=images, labels_B=torch.tensor([index[prompt] for prompt in prompts]))
+        for images, prompts in splits
+    )
+    return train, test, classes
+
+
+def small_network_of(root: Path | str, cache: Path, share: Share) -> tuple[TrainedFeatureNet, tuple[int, ...]]:
+    """The feature network of a data set, trained by the first rank where it is not cached yet, and the shape of its images."""
+    train, test, classes = labelled_splits(root)
+    if share.is_main:
+        with training_progress() as progress:
+            load_or_train(train, test, classes, cache, device=share.device, progress=progress)
+    share.wait()
+    net = load_or_train(train, test, classes, cache, device=share.device)
+    return net, tuple(train.images_BCHW.shape[1:])
 
 
 def as_json(

@@ -203,7 +203,8 @@ def _train(
     net = net.to(device, memory_format=torch.channels_last)  # a fifth faster on a CPU
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     steps = settings.epochs * (len(train) // settings.batch_size)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps, pct_start=0.2)
+    rise = max(0.2, 2 / steps)  # of fewer than two steps it would be a division by zero
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps, pct_start=rise)
     step = 0
     for _ in range(settings.epochs):
         order_B = torch.randperm(len(train), generator=generator)

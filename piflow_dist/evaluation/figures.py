@@ -26,7 +26,12 @@ class GridRow:
     """One uint8 image (C, H, W) per column."""
 
 
-def grid(rows: Sequence[GridRow], headings: Sequence[str]) -> bytes:
+def tile_for(images_BCHW: Sequence[Tensor]) -> int:
+    """Edge of a tile for images of this size: large ones are shown at up to 256 pixels."""
+    return min(256, max(TILE, *images_BCHW[0].shape[-2:]))
+
+
+def grid(rows: Sequence[GridRow], headings: Sequence[str], tile: int = TILE) -> bytes:
     """Tiles with a label before each row and a heading above each column, as PNG."""
     for row in rows:
         if len(row.images) != len(headings):
@@ -34,15 +39,17 @@ def grid(rows: Sequence[GridRow], headings: Sequence[str]) -> bytes:
     font = ImageFont.load_default(size=17)
     gap, top = 4, 28
     left = int(max(font.getlength(row.label) for row in rows)) + 16
-    canvas = Image.new("RGBA", (left + len(headings) * (TILE + gap), top + len(rows) * (TILE + gap)), (0, 0, 0, 0))
+    canvas = Image.new("RGBA", (left + len(headings) * (tile + gap), top + len(rows) * (tile + gap)), (0, 0, 0, 0))
     draw = ImageDraw.Draw(canvas)
     for column, heading in enumerate(headings):
-        draw.text((left + column * (TILE + gap) + TILE / 2, top / 2), heading, fill=INK, font=font, anchor="mm")
+        draw.text((left + column * (tile + gap) + tile / 2, top / 2), heading, fill=INK, font=font, anchor="mm")
     for line, row in enumerate(rows):
-        y = top + line * (TILE + gap)
-        draw.text((left - 12, y + TILE / 2), row.label, fill=INK, font=font, anchor="rm")
+        y = top + line * (tile + gap)
+        draw.text((left - 12, y + tile / 2), row.label, fill=INK, font=font, anchor="rm")
         for column, image in enumerate(row.images):
-            canvas.paste(_tile(image), (left + column * (TILE + gap), y))
+            picture = _tile(image, tile)
+            x = left + column * (tile + gap)
+            canvas.paste(picture, (x + (tile - picture.width) // 2, y + (tile - picture.height) // 2))
     return _png(canvas)
 
 
@@ -119,13 +126,15 @@ def psnr_histogram(sources: Sequence[tuple[str, str, Tensor]], reference: str) -
     return _finish(figure)
 
 
-def _tile(image_CHW: Tensor) -> Image.Image:
+def _tile(image_CHW: Tensor, tile: int) -> Image.Image:
     pixels = image_CHW.permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    factor = TILE // max(picture.size)
+    factor = tile // max(picture.size)
     if factor >= 1:
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    return picture.resize((TILE, TILE), Image.Resampling.LANCZOS)
+    scale = tile / max(picture.size)
+    size = [max(1, round(edge * scale)) for edge in picture.size]
+    return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def _figure(rows: int, columns: int, height: float) -> tuple[Any, list[Any]]:

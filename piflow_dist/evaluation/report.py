@@ -161,8 +161,8 @@ def write_report(
         "targets": [asdict(target) for target in context["targets"]],
     }
     write_atomically(paths.metrics, json.dumps(numbers, indent=2) + "\n")
-    write_atomically(paths.markdown, _render("report.md.j2", context | {"pictures": linked}, escape=False))
-    write_atomically(paths.html, _render("report.html.j2", context | {"pictures": inline}, escape=True))
+    write_atomically(paths.markdown, render("report.md.j2", context | {"pictures": linked}, escape=False))
+    write_atomically(paths.html, render("report.html.j2", context | {"pictures": inline}, escape=True))
     return paths
 
 
@@ -240,7 +240,7 @@ def gather_notes(rows: Sequence[Evaluation]) -> list[str]:
     ]
 
 
-def _render(template: str, context: dict[str, Any], escape: bool) -> str:
+def render(template: str, context: dict[str, Any], escape: bool) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=escape,

@@ -5,6 +5,8 @@ claim RUN_DIR           make this job the one that trains there, where nobody el
 after RUN_DIR CODE      what comes after the processes ended with CODE: exit code, and on stdout the seconds to wait before a retry
 sample key=value ...    check a request for images and write its settings; prints the folder, or nothing where all is there
 gather DIR              join the images that the tasks made
+evaluate key=value ...  check a request for metrics; prints the settings' file
+report SETTINGS         write the report of what the tasks measured
 """
 
 import os
@@ -122,13 +124,38 @@ def gather_images(arguments: list[str]) -> int:
     return 0
 
 
+def evaluate(overrides: list[str]) -> None:
+    from piflow_dist.evaluation.folder import open_samples
+    from piflow_dist.evaluation.run import prepare
+    from piflow_dist.evaluation.settings import load_evaluation
+
+    config = load_evaluation(with_tasks(overrides))
+    require(
+        not config.sources,
+        "sources= are sampled by slurm/sample.sh here. Give the folders that it makes, samples=[DIR,...].",
+    )
+    for path in config.samples:
+        open_samples(path)
+    print(prepare(config))
+
+
+def report(arguments: list[str]) -> None:
+    from piflow_dist.evaluation.run import finish
+    from piflow_dist.evaluation.settings import EvaluateConfig
+
+    _, paths = finish(read_config(Path(arguments[0]), EvaluateConfig))
+    tell("Only statistics were asked for." if paths is None else f"Report: {paths.html}")
+
+
 def main(command: str, *arguments: str) -> int:
     from piflow_dist.checkpoint.files import CheckpointError
+    from piflow_dist.evaluation.samples import EvaluationError
 
     tools = {"prepare": prepare, "claim": claim_run, "after": after, "sample": sample, "gather": gather_images}
+    tools |= {"evaluate": evaluate, "report": report}
     try:
         return tools[command](list(arguments)) or 0
-    except ConfigError as error:
+    except (ConfigError, EvaluationError) as error:
         tell(f"error: {error}")
         return REFUSED
     except CheckpointError as error:

@@ -21,7 +21,7 @@ from piflow_dist.config import Config, ConfigError, changed_keys, require
 from piflow_dist.models.pretrained import open_teacher
 from piflow_dist.tracking.tracker import METRICS, RUN_ID
 
-OF_A_RUN = ("checkpoints", "config.yaml", METRICS, RUN_ID, "logs")
+OF_A_RUN = ("checkpoints", "config.yaml", METRICS, RUN_ID, "logs", "evaluation")
 
 
 def newest_checkpoint(config: Config) -> Path | None:

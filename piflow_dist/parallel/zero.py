@@ -290,8 +290,27 @@ class TrainedModel:
                     state[key] = pieces[0].clone() if pieces[0].is_floating_point() else int(pieces[0])
             if state:
                 self.optimizer.optimizer.state[master] = state
-            # Working weights (bf16, or the fp32 copy that forward gathers) do not follow the masters by themselves.
-            self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        if self.kept_whole:
-            self.kept_whole[0].partition(self.kept_whole)
-            self._gather_kept_whole()
+        self._set_working(self.masters)
+
+    @contextmanager
+    def working_with(self, flats: list[Tensor]) -> Iterator[None]:
+        """Inside, forward passes compute with these weights, flat and sharded as the masters are: an average of them.
+
+        Between steps only. The masters are not touched, and the working weights are made from them again at the end, to the bit
+        and also after an exception: a step leaves them as the masters rounded to the working type, which is all they are.
+        """
+        try:
+            self._set_working(flats)
+            yield
+        finally:
+            self._set_working(self.masters)
+
+    @torch.no_grad()
+    def _set_working(self, flats: list[Tensor]) -> None:
+        """Working weights (bf16, or the fp32 copy that forward gathers) do not follow the masters by themselves."""
+        # Nor do weights that a forward pass has gathered and keeps for the next one: it frees what is needed late alone.
+        self.optimizer.parameter_offload.partition_all_parameters()
+        for index, flat in enumerate(flats):
+            self.optimizer.fp16_partitioned_groups_flat[index].copy_(flat)
+            self.optimizer._unflatten_partitioned_parameters(index)
+        self._gather_kept_whole()

@@ -19,19 +19,19 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.codec import Codec, load_codec
 from piflow_dist.config import GuidanceConfig, read_config
-from piflow_dist.distill.objectives import Batch, Network, TeacherVelocity, base_segment, guidance_input
+from piflow_dist.distill.objectives import Batch, Network, TeacherVelocity
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.flow.solvers import euler_sample, policy_sample
 from piflow_dist.launch.console import StepProgress
-from piflow_dist.models.heads import PATCH, make_policy
+from piflow_dist.models.heads import PATCH
 from piflow_dist.parallel.topology import Topology
-from piflow_dist.policies import DXPolicy, GMFlowPolicy, MeanPolicy
 from piflow_dist.sampling.control import Control, start_ranks
 from piflow_dist.sampling.embeddings import EmbeddingCache
 from piflow_dist.sampling.failures import FailureLog
 from piflow_dist.sampling.images import ImageRequest, save_image, to_uint8
 from piflow_dist.sampling.network import load_network
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request, downscale
+from piflow_dist.sampling.student import predictor, takes_end, trained_nfe
 
 CPU_TOKENS = 1024
 """Tokens of one evaluation on a CPU, about: more rows gain nothing there."""
@@ -104,28 +104,18 @@ class Sampler:
     ) -> Tensor:
         run, config = self.request.run, self.request.config
 
-        takes_span = run.policy.type == "mean"
-
-        def predict(
-            x_BCHW: Tensor, sigma_B: Tensor, tau_B: Tensor, end_B: Tensor | None = None
-        ) -> GMFlowPolicy | DXPolicy | MeanPolicy:
-            guidance_B = guidance_input(run.model.guidance_embeds, run.distill.guidance.scale, sigma_B)
-            span_B = sigma_B - end_B if takes_span else None
-            outputs = self.network(x_BCHW, sigma_B, batch.text_BLD, batch.mask_BL, guidance_B, span_B)
-            return make_policy(outputs, x_BCHW, sigma_B, run.policy, base_segment(run), schedule.shift)
-
         return policy_sample(
-            predict,
+            predictor(self.network, batch, run, schedule),
             noise_BCHW,
             schedule,
             self.request.evaluations,
             final_step_size_scale=run.distill.final_step_size_scale,
-            trained_nfe=None if run.objective == "meanflow" else run.distill.nfe,
+            trained_nfe=trained_nfe(run),
             total_substeps=config.substeps,
             temperature=self.request.temperature,
             h=float(config.h),
             generators=generators,
-            with_end=takes_span,
+            with_end=takes_end(run),
         )
 
 

@@ -153,6 +153,11 @@ class Tracker:
         if values and self.client is not None:
             self._send([{"step": step, **values}])
 
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Upload a file to the run."""
+        if self.client is not None:
+            self.client.log_artifact(self.run_id, str(path), folder or None)
+
     def flush(self) -> None:
         """Send what is waiting. Steps that a killed run had already sent are not sent twice."""
         rows = [row for row in self.rows if row["step"] > self.last_logged] if self.client is not None else []

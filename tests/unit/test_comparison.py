@@ -12,8 +12,8 @@ from conftest import REPO, load_tool
 from PIL import Image
 
 from piflow_dist.config import ConfigError, changed_keys, load_config
-from piflow_dist.evaluation.comparison import Budget, Entry, budget, panels, tables
 from piflow_dist.evaluation.metrics import METRICS
+from piflow_dist.evaluation.objectives import Budget, Entry, budget, panels, tables
 
 
 @pytest.fixture(scope="module")

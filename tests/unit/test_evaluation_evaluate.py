@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from piflow_dist.cli import run_tool
 from piflow_dist.evaluation import evaluate as evaluate_module
-from piflow_dist.evaluation.evaluate import Judge, evaluate, read_real_images
+from piflow_dist.evaluation.evaluate import Judge, as_json, read_real_images
 from piflow_dist.evaluation.metrics import METRICS
 from piflow_dist.evaluation.samples import EvaluationError, check_same_noises, load_samples, read_jsonl
 
@@ -151,12 +151,11 @@ def test_what_cannot_be_measured_is_marked(judge: Judge, tmp_path: Path) -> None
     assert found.values["psnr_db"] is not None
 
 
-def test_metrics_json_is_written_whole(judge: Judge, pair: tuple[Path, Path], cache: Path) -> None:
-    result = evaluate(pair[0], pair[1], "unused", cache_dir=cache)
-    assert json.loads((pair[0] / "metrics.json").read_text()) == result
+def test_what_was_not_asked_for_is_marked(judge: Judge, pair: tuple[Path, Path]) -> None:
+    samples, reference = (load_samples(path) for path in pair)
+    result = as_json(judge.measure(samples, reference), judge, samples, reference, "unused")
     assert set(result["values"]) == set(result["definitions"]) == {metric.key for metric in METRICS}
-    assert not [path for path in pair[0].iterdir() if path.name.startswith(".")]
-    assert evaluate(pair[0], None, "unused", cache_dir=cache)["notes"]["psnr_db"].startswith("no reference was given")
+    assert judge.measure(samples, None).notes["psnr_db"].startswith("no reference was given")
 
 
 def test_images_of_another_size_are_an_error(judge: Judge, tmp_path: Path) -> None:
@@ -177,10 +176,13 @@ def test_real_images_come_from_the_data_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["sample=x", "dataset=y"], 2, "Unknown key 'sample'. Keys: samples, dataset, reference, cache, device."),
-        (["samples"], 2, "not of the form key=value"),
-        (["samples=x"], 2, "dataset=... is needed"),
+        (["sample=x", "dataset=y"], 2, "Keys there: samples, sources,"),
+        (["dataset=y"], 2, "Nothing to evaluate. Give samples=[DIR,...]"),
         (["samples=nowhere", "dataset=y"], 2, "nowhere is not a folder"),
+        (["sources=[{nfe:4}]"], 2, "{'nfe': 4} names no source"),
+        (["sources=[{source:run,nfee:4}]"], 2, "nfee of {'source': 'run', 'nfee': 4} is no setting of tools/sample.py"),
+        (["samples=x", "rewards=mine"], 2, "mine is not of the form module:function"),
+        (["stats=out.pt", "real=x"], 2, "stats=out.pt is the .safetensors"),
     ],
 )
 def test_the_tool_explains_bad_requests(
@@ -190,15 +192,6 @@ def test_the_tool_explains_bad_requests(
         run_tool(load_tool("evaluate").main, arguments, "")
     assert exit_.value.code == code
     assert message in capsys.readouterr().err
-
-
-def test_the_tool_prints_a_table(
-    judge: Judge, pair: tuple[Path, Path], cache: Path, capsys: pytest.CaptureFixture
-) -> None:
-    arguments = [f"samples={pair[0]}", f"reference={pair[1]}", "dataset=unused", f"cache={cache}"]
-    run_tool(load_tool("evaluate").main, arguments, "")
-    printed = capsys.readouterr().out
-    assert "student, 4 NFE: 120 images" in printed and "Frechet to reference" in printed
 
 
 def test_a_folder_without_latents_is_read_and_says_so(judge: Judge, pair: tuple[Path, Path]) -> None:

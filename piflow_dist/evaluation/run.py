@@ -1,0 +1,68 @@
+"""An evaluation from its settings to its report: sample, measure over all processes, write, record."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from piflow_dist.config import save_config
+from piflow_dist.evaluation.compare import RESULT
+from piflow_dist.evaluation.comparison import Paths, tracked_values, write_comparison
+from piflow_dist.evaluation.folder import open_samples
+from piflow_dist.evaluation.samples import EvaluationError
+from piflow_dist.evaluation.settings import EvaluateConfig, sample_settings
+from piflow_dist.launch.local import run_workers
+from piflow_dist.launch.lock import only_user
+from piflow_dist.sampling.run import sample
+from piflow_dist.tracking.evaluations import log_evaluation
+from piflow_dist.tracking.tracker import RUN_ID
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Paths | None]:
+    """(numbers, report); the report is None where only statistics were made. Raises EvaluationError and ConfigError."""
+    requests = [sample_settings(config, entry) for entry in config.sources]
+    for path in config.samples:
+        open_samples(path)  # what is missing is said before anything is sampled
+    out = config.out_dir
+    out.mkdir(parents=True, exist_ok=True)
+    with only_user(out / ".lock", f"out={out}"):
+        config.samples = [*config.samples, *(str(sample(request)) for request in requests)]
+        settings = prepare(config)
+        run_workers("piflow_dist.evaluation.compare", [str(settings)], config.launch, out / "logs")
+        return finish(config)
+
+
+def prepare(config: EvaluateConfig) -> Path:
+    """The settings that processes read; an older result is gone, so that what is there afterwards is theirs."""
+    config.out_dir.mkdir(parents=True, exist_ok=True)
+    (config.out_dir / RESULT).unlink(missing_ok=True)
+    path = config.out_dir / "settings.yaml"
+    save_config(config, path)
+    return path
+
+
+def finish(config: EvaluateConfig) -> tuple[dict[str, Any], Paths | None]:
+    """Report and record of what the processes found."""
+    found = config.out_dir / RESULT
+    if not found.is_file():
+        raise EvaluationError(f"{found} is missing: the processes did not finish. Run the same command again.")
+    result = json.loads(found.read_text())
+    if not result["rows"]:
+        return result, None
+    paths = write_comparison(result, config.out_dir, config.name)
+    run_dir = Path(config.run) if config.run is not None else run_of(result)
+    if run_dir is not None:
+        log_evaluation(run_dir, config.name, tracked_values(result), [paths.html, paths.markdown, *paths.pictures])
+    return result, paths
+
+
+def run_of(result: dict[str, Any]) -> Path | None:
+    """The training run that the first student was sampled from, where it has an MLflow run."""
+    for row in result["rows"]:
+        source = open_samples(row["folder"]).meta.get("source") if row["kind"] == "student" else None
+        for folder in [Path(source), *Path(source).parents][:3] if source else []:
+            if (folder / RUN_ID).is_file():
+                return folder
+    return None

@@ -1,0 +1,156 @@
+"""tools/evaluate.py: the same numbers on any number of processes, reports that are whole, and weights that are missing."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, run_tool
+from ranks import run_ranks
+
+from piflow_dist.evaluation.compare import compare
+from piflow_dist.evaluation.real import RealStatistics
+from piflow_dist.evaluation.samples import EvaluationError
+from piflow_dist.evaluation.settings import EvaluateConfig
+from piflow_dist.evaluation.shares import Share
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+from data_sets import PROMPTS, write_set  # noqa: E402
+from evaluation_samples import write_samples  # noqa: E402
+
+IMAGES = 70
+"""More than the 64 features of the small network."""
+REWARD = "def bright(images, prompts):\n    return [sum(image.convert('L').tobytes()) for image in images]\n"
+
+
+def write_inputs(root: Path) -> None:
+    """A prepared set of random 8 x 8 images, a teacher's samples, and a student's and another's from the same noises."""
+    write_set(root / "data", train=120, test=12)
+    generator = torch.Generator().manual_seed(5)
+    prompts = [PROMPTS[index // 2 % 3] for index in range(IMAGES)]
+    teacher = torch.randint(0, 256, (IMAGES, 1, 8, 8), generator=generator)
+    for name, kind, noise in (("teacher", "teacher", 0), ("student", "student", 9), ("few", "teacher", 60)):
+        drawn = torch.randint(-noise, noise + 1, teacher.shape, generator=generator)
+        pixels = (teacher + drawn).clamp(0, 255).to(torch.uint8)
+        write_samples(root / name, pixels, prompts, kind=kind, steps=50 if name == "teacher" else 4)
+    (root / "bright_reward.py").write_text(REWARD)
+
+
+def settings(root: Path, **others: object) -> EvaluateConfig:
+    values = {
+        "samples": [str(root / name) for name in ("student", "few", "teacher")],
+        "reference": str(root / "teacher"),
+        "dataset": str(root / "data"),
+        "cache": str(root / "cache"),
+        "out": str(root / "out"),
+        "clip": str(root / "nowhere"),
+        "rewards": ["bright_reward:bright", "absent_reward:score"],
+        "batch_size": 8,
+        "resamples": 20,
+    }
+    return EvaluateConfig(**values | others)
+
+
+def compare_rank(rank: int, world_size: int, root: Path) -> dict | None:
+    os.chdir(root)
+    return compare(settings(root), Share(rank, world_size))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evaluation")
+    write_inputs(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(inputs: Path) -> dict:
+    """By the tool, on 2 processes; also trains the network that the others find in the cache."""
+    config = settings(inputs)
+    arguments = [f"{key}={getattr(config, key)}" for key in ("reference", "dataset", "cache", "out", "clip", "batch_size", "resamples")]
+    arguments += [f"samples=[{','.join(config.samples)}]", f"rewards=[{','.join(config.rewards)}]"]
+    command = [sys.executable, str(REPO / "tools" / "evaluate.py"), *arguments, "launch.processes=2", "launch.device=cpu"]
+    done = subprocess.run(command, cwd=inputs, capture_output=True, text=True, timeout=400, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {"result": json.loads((inputs / "out" / "evaluation.json").read_text()), "printed": done.stdout}
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "COLUMNS": "200"}
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_the_number_of_processes_changes_no_digit(found: dict, inputs: Path, world_size: int) -> None:
+    here = run_ranks(compare_rank, world_size, world_size, inputs, time_limit=300, warm=True)
+    assert all(other is None for other in here[1:])
+    assert json.loads(json.dumps(here[0]))["rows"] == found["result"]["rows"]
+
+
+def test_what_was_measured(found: dict) -> None:
+    rows = {row["name"]: row for row in found["result"]["rows"]}
+    values = {name: {key: each["value"] for key, each in row["results"].items()} for name, row in rows.items()}
+    assert values["student"]["psnr_db"] > values["few"]["psnr_db"] > 10
+    assert 0 < values["student"]["latent_relative_error"] < values["few"]["latent_relative_error"]
+    assert 0 <= values["student"]["fid_reference"] < values["few"]["fid_reference"]
+    assert values["teacher"]["diversity"] == values["teacher"]["diversity_pixels"] == 1
+    assert {"fid", "kid", "inception_score", "precision", "recall", "prompt_accuracy", "bright"} <= values["student"].keys()
+    assert values["student"]["images_per_second"] == IMAGES / 2.0
+    assert {"psnr_db", "fid_reference", "latent_relative_error"}.isdisjoint(values["teacher"])
+    for row in rows.values():
+        for key, each in row["results"].items():
+            assert each["low"] is None or each["low"] <= each["value"] <= each["high"], (row["name"], key)
+
+
+def test_what_is_missing_is_said_and_the_rest_goes_on(found: dict) -> None:
+    notes = found["result"]["rows"][0]["notes"]
+    assert "nowhere has no config.json" in notes["clip_score"] and notes["lpips"] == "no weights. Set lpips=FILE."
+    assert "absent_reward:score cannot be loaded: No module named 'absent_reward'" in notes["score"]
+    assert "patch FID needs InceptionV3" in notes["patch_fid"]
+    printed = " ".join(found["printed"].split())
+    assert "not measured: CLIP score: clip=" in printed and "PSNR, dB" in printed
+
+
+def test_the_report_is_one_file(found: dict, inputs: Path) -> None:
+    html = (inputs / "out" / "evaluation.html").read_text()
+    assert html.count("data:image/png;base64,") == 3 and not re.search(r"(src|href)=.(?!data:)", html)
+    markdown = (inputs / "out" / "evaluation.md").read_text()
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len(table) == 5 and len({line.count("|") for line in table}) == 1
+    pictures = re.findall(r"\]\((figures/.*?)\)", markdown)
+    assert len(pictures) == 3 and all((inputs / "out" / picture).is_file() for picture in pictures)
+    for text in (html, markdown):
+        assert "student, 4 NFE" in text and "drawn anew with replacement" in text and "absent_reward" in text
+    beside = json.loads((inputs / "student" / "metrics.json").read_text())
+    assert beside["results"] == found["result"]["rows"][0]["results"]
+
+
+def test_statistics_made_once_give_the_same(found: dict, inputs: Path, tmp_path: Path) -> None:
+    """From the set itself, and from the file that stats= wrote."""
+    file = tmp_path / "real.safetensors"
+    assert compare(settings(inputs, samples=[], reference=None, rewards=[], stats=str(file), real=str(inputs / "data")), Share())["rows"] == []
+    statistics = RealStatistics.load(file)
+    assert statistics.moments.count == 120
+    again = compare(settings(inputs, real=str(file), rewards=["bright_reward:bright"]), Share())
+    (want,) = (row["results"]["fid"] for row in found["result"]["rows"] if row["name"] == "student")
+    (have,) = (row["results"]["fid"] for row in json.loads(json.dumps(again["rows"])) if row["name"] == "student")
+    assert have == want
+    replace(statistics, network="other").save(file)
+    with pytest.raises(EvaluationError, match="made with other weights of a feature network"):
+        compare(settings(inputs, real=str(file), rewards=[]), Share())
+
+
+def test_samples_of_other_noises_are_refused(inputs: Path, tmp_path: Path) -> None:
+    other = write_samples(tmp_path / "other", torch.zeros(IMAGES, 1, 8, 8, dtype=torch.uint8), ["another"] * IMAGES)
+    with pytest.raises(EvaluationError, match="Sample 0 of .*other has seed 1000 and prompt 'another'"):
+        compare(settings(inputs, samples=[str(other)]), Share())
+    (inputs / "few" / "images" / "00003.png").rename(tmp_path / "kept.png")
+    try:
+        done = run_tool("evaluate", f"samples={inputs / 'few'}", f"out={tmp_path / 'out'}")
+    finally:
+        (tmp_path / "kept.png").rename(inputs / "few" / "images" / "00003.png")
+    assert done.returncode == 2 and "00003.png is missing, and the manifest lists it" in done.stdout
