@@ -83,6 +83,10 @@ class Tracker:
             connect_modules()
             self.sender = Sender(store)
             self.sender.start()
+            self._wake()
+            if store.uri.startswith("sqlite"):
+                # A file, not a server: making its tables takes seconds once, and the first checkpoint should know the run.
+                self.flush(self.patience)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record step (from 1)."""
@@ -165,7 +169,7 @@ class Sender(threading.Thread):
                         write_description(self.store.run_dir)
                         described = True
                     if self.lineage_is_old:
-                        self.lineage_is_old = False
+                        self.lineage_is_old = False  # first: a save may be completed meanwhile
                         write_lineage(self.store.run_dir)
                     while not self.store.sync(ROWS_AT_ONCE):
                         pass
