@@ -282,6 +282,18 @@ def read_all(root: str | Path, split: str, *, cache_dir: str | Path | None = Non
     return batch
 
 
+def first_prompts(
+    root: str | Path, split: str, count: int, *, cache_dir: str | Path | None = None
+) -> tuple[Tensor, Tensor]:
+    """(count,L,D) embeddings and (count,L) mask of a split's first samples in stored order, again and again where it has fewer.
+
+    Opens the set anew: worker processes of a stream must not share open shards with their parent.
+    """
+    shards = ShardSet(load_description(root), split, cache_dir=cache_dir)
+    rows = [shards[i % shards.size]["prompt_embeds"] for i in range(count)]
+    return pad_prompts([from_bfloat16_bits(row).float() for row in rows])
+
+
 def as_tensors(row: dict[str, Any], latent_shape: tuple[int, int, int]) -> dict[str, Any]:
     """A row of a shard with float32 tensors; done once for sets that are kept in memory."""
     row["prompt_embeds"] = from_bfloat16_bits(row["prompt_embeds"]).float()

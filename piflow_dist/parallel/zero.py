@@ -5,6 +5,7 @@ DeepSpeed flattens a rank's shards into a few buffers ("sub-groups"). Checkpoint
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     """False where the gradient was not finite and the weights were left as they were."""
+    clipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,16 @@ class TrainedModel:
         self.engine.step()
         self._gather_kept_whole()
         norm = float(self.engine.get_global_grad_norm())
-        return StepResult(grad_norm=norm, applied=not self.optimizer.overflow)
+        return StepResult(grad_norm=norm, applied=not self.optimizer.overflow, clipped=0 < clip < norm)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Calls inside are without dropout; between two steps only. The caller sees to it that no gradients are asked for."""
+        self.engine.eval()
+        try:
+            yield
+        finally:
+            self.engine.train()
 
     def _gather_kept_whole(self) -> None:
         stale = [parameter for parameter in self.kept_whole if parameter.ds_status.name == "NOT_AVAILABLE"]

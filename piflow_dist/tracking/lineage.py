@@ -5,8 +5,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from piflow_dist.checkpoint.files import MANIFEST, STATE, CheckpointError, read_json, step_name, steps_on_disk
-from piflow_dist.checkpoint.files import write_atomic
+from piflow_dist.checkpoint.files import (
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    read_json,
+    step_name,
+    steps_on_disk,
+    write_atomic,
+)
 from piflow_dist.tracking.journal import TRACKING, post_artifact
 
 
@@ -31,7 +38,9 @@ def describe(checkpoint: Path) -> dict[str, Any] | None:
     """None for one that is being removed, or damaged."""
     try:
         state = read_json(checkpoint / STATE)
-        written = datetime.fromtimestamp((checkpoint / MANIFEST).stat().st_mtime, UTC).isoformat(timespec="milliseconds")
+        written = datetime.fromtimestamp((checkpoint / MANIFEST).stat().st_mtime, UTC).isoformat(
+            timespec="milliseconds"
+        )
         size = sum(file.stat().st_size for file in checkpoint.iterdir())
     except (CheckpointError, OSError):
         return None

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 STARS = "***"
-SECRET_NAME = r"(?:passw(?:or)?d|secret|credentials?|api[_-]?key|access[_-]?key(?:[_-]?id)?|auth[_-]?key|private[_-]?key|token)"
+SECRET_NAME = (
+    r"(?:passw(?:or)?d|secret|credentials?|api[_-]?key|access[_-]?key(?:[_-]?id)?|auth[_-]?key|private[_-]?key|token)"
+)
 """The last word of the name of a secret. "tokens", which are counted, is none."""
 URL_USER = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 URL_PARAMETER = re.compile(
     rf"(?<=[?&])((?:[\w.-]*{SECRET_NAME}|(?:[\w.-]+[_-])?(?:sig|signature))=)[^&\s'\"]+", re.IGNORECASE
 )
-ASSIGNED = re.compile(rf"(\b[\w.-]*{SECRET_NAME}['\"]?\s*[=:]\s*)(?:'[^'\n]+'|\"[^\"\n]+\"|[^\s'\",;&]+)", re.IGNORECASE)
+ASSIGNED = re.compile(
+    rf"(\b[\w.-]*{SECRET_NAME}['\"]?\s*[=:]\s*)(?:'[^'\n]+'|\"[^\"\n]+\"|[^\s'\",;&]+)", re.IGNORECASE
+)
 EMPTY = re.compile(r"^['\"]?(?:null|none|true|false|\*\*\*|)['\"]?$", re.IGNORECASE)
 BEARER = re.compile(r"(\b(?:bearer|basic)\s+)[A-Za-z0-9+/._~=-]{8,}", re.IGNORECASE)
 KNOWN = re.compile(

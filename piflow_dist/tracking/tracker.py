@@ -9,7 +9,6 @@ import os
 import shlex
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,9 +35,18 @@ from piflow_dist.tracking.journal import (
 )
 from piflow_dist.tracking.lineage import write_lineage
 from piflow_dist.tracking.secrets import mask
-from piflow_dist.tracking.store import Store, connect, open_store, store_uri
+from piflow_dist.tracking.store import Store, open_store, store_uri
 
-__all__ = ["METRICS", "RUN_ID", "Tracker", "log_evaluation", "read_metrics", "read_run_id", "tracking_uri", "ui_command"]
+__all__ = [
+    "METRICS",
+    "RUN_ID",
+    "Tracker",
+    "log_evaluation",
+    "read_metrics",
+    "read_run_id",
+    "tracking_uri",
+    "ui_command",
+]
 
 log = logging.getLogger(__name__)
 
