@@ -15,8 +15,8 @@ from piflow_dist.launch.lives import Aim, Life
 from piflow_dist.tracking.journal import outbox
 from piflow_dist.tracking.tracker import METRICS, RUN_ID, Tracker, log_evaluation, read_metrics
 
-LIMIT = 240
-STEPS = 20
+LIMIT = 120
+STEPS = 90
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,7 @@ def test_a_training_killed_three_times_under_a_server_that_dies_is_one_run(
         f"tracking.uri={server.uri}",
         "tracking.experiment=killed",
         "tracking.log_every=2",
+        "checkpoint.every=5",
         "launch.start=fork",
     ]
 
@@ -83,16 +84,16 @@ def test_a_training_killed_three_times_under_a_server_that_dies_is_one_run(
 
     server.start()
     life = live()
-    until(lambda: (run_dir / RUN_ID).exists())
-    run_id = (run_dir / RUN_ID).read_text().strip()
-    until(lambda: len(curve(server, run_id)) > 4)
-    assert life.kill(Aim("step", 0, 0, 0), LIMIT) == "rank 0", (tmp_path / "log").read_text()
+    life.wait_for((run_dir / RUN_ID).exists, LIMIT)
+    assert life.kill(Aim("step", 12, 0, 0), LIMIT) == "rank 0", (tmp_path / "log").read_text()
     life.wait(LIMIT)
+    run_id = (run_dir / RUN_ID).read_text().strip()
+    assert 0 < len(curve(server, run_id)) < STEPS
 
     life = live()
-    until(lambda: life.step() > life.first_step)
+    life.wait_for(lambda: life.step() > life.first_step, LIMIT)
     server.kill()
-    assert life.kill(Aim("step", 2, 0, 0), LIMIT) == "rank 0", (tmp_path / "log").read_text()
+    assert life.kill(Aim("step", 12, 0, 0), LIMIT) == "rank 0", (tmp_path / "log").read_text()
     life.wait(LIMIT)
 
     life = live()
