@@ -55,7 +55,7 @@ class StepMeter:
     def add_velocities(self, prediction_BCHW: Tensor, target_BCHW: Tensor, sigma_B: Tensor) -> None:
         """Of flow matching: the same by noise level."""
         error_B = (prediction_BCHW - target_BCHW).square().flatten(1).mean(1)
-        self._add_by_sigma(error_B[None], sigma_B[None])
+        self._add_by_sigma(error_B[None], sigma_B[None])  # flow matching's loss is not scaled
 
     @torch.no_grad()
     def add_tokens(self, images: int, image_tokens: int, mask_BL: Tensor) -> None:

@@ -4,6 +4,7 @@ Training never waits for MLflow: a server that is away, slow or silent costs it 
 when the server is back, when the training is next started, or by tools/track.py sync.
 """
 
+import getpass
 import logging
 import os
 import shlex
@@ -234,15 +235,21 @@ def describe_run(config: Config, first_step: int, world_size: int) -> dict[str, 
         (run_dir / RUN_ID).unlink(missing_ok=True)
     tp = config.parallel.tp
     cluster = config.cluster
+    code = code_version()
     tags = {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": "piflow_dist.train",
+        "mlflow.source.type": "LOCAL" if cluster is None else "JOB",
         "world_size": world_size,
         "parallel": f"dp {world_size // tp} x tp {tp}",
         "cluster": "this machine" if cluster is None else f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}",
         "host": socket.gethostname(),
-        "code": code_version(),
+        "code": code,
         "run_dir": str(run_dir.resolve()),
         "starts": before.get("tags", {}).get("starts", 0) + 1,
     }
+    if " " in code:  # else there is no checkout
+        tags["mlflow.source.git.commit"] = code.split()[-1].rstrip("+")
     if job := os.environ.get("SLURM_JOB_ID"):
         tags["slurm_job"] = job
     return {
