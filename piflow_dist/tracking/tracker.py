@@ -159,7 +159,8 @@ class Sender(threading.Thread):
     def __init__(self, store: Store):
         super().__init__(name="tracking", daemon=True)
         self.store = store
-        self.wake = threading.Event()
+        self.wake, self.urgent = threading.Event(), threading.Event()
+        """There is something to be sent; somebody waits for it, and pauses are over."""
         self.lineage_is_old = True
         self.sent = threading.Condition()
         self.asked, self.answered, self.reached = 0, 0, True
@@ -169,8 +170,12 @@ class Sender(threading.Thread):
     def run(self) -> None:
         pause, described, locked = 0.0, False, False
         while True:
-            self.wake.wait(timeout=pause or IDLE)
+            if pause:
+                self.urgent.wait(timeout=pause)
+            else:
+                self.wake.wait(timeout=IDLE)
             self.wake.clear()
+            self.urgent.clear()
             asked, last = self.asked, self.ending
             try:
                 with only_user(self.store.run_dir / TRACKING / ".lock", f"tracking of {self.store.run_dir}"):
@@ -185,7 +190,8 @@ class Sender(threading.Thread):
                 if pause:
                     log.info("MLflow (%s) has everything again", mask(self.store.uri))
                 pause, locked = 0.0, False
-            except ConfigError:  # tools/track.py sync is at work
+            except ConfigError as error:  # tools/track.py sync is at work
+                log.debug("%s", error)
                 pause, locked = FIRST_PAUSE, True
             except Exception as error:  # whatever MLflow, requests or a database driver raise
                 if not pause or locked:
@@ -210,6 +216,7 @@ class Sender(threading.Thread):
             self.asked += 1
             self.ending |= last
             wanted = self.asked
+        self.urgent.set()
         self.wake.set()
         with self.sent:
             self.sent.wait_for(lambda: self.answered >= wanted, patience)

@@ -44,7 +44,9 @@ def test_the_loss_is_that_of_its_parts(step) -> None:  # noqa: ANN001
     assert sum(counts) == 2 * B * (4 if step is imitation_datafree_step else 1)
     assert_close(sum(w * part for w, part in zip(weights, parts, strict=True)), loss, rtol=1e-5, atol=0)
     mean = sum(count * part for count, part in zip(counts, parts, strict=True)) / sum(counts)
-    by_sigma = [(values[f"loss_sigma/{(i + 1) / 10:.1f}"], sums[f"states@{i}"]) for i in range(10) if sums[f"states@{i}"]]
+    by_sigma = [
+        (values[f"loss_sigma/{(i + 1) / 10:.1f}"], sums[f"states@{i}"]) for i in range(10) if sums[f"states@{i}"]
+    ]
     assert sum(count for _, count in by_sigma) == sum(counts) and len(by_sigma) > 4
     assert_close(sum(value * count for value, count in by_sigma) / sum(counts), mean, rtol=1e-5, atol=0)
 

@@ -58,8 +58,18 @@ def test_values_of_variables_are_masked_wherever_they_stand() -> None:
 
 
 def test_settings_are_masked_by_the_names_of_their_keys() -> None:
-    values = {"a": {"api_key": SECRET, "uri": f"http://u:{SECRET}@h"}, "list": [f"x?token={SECRET}"], "secret": None, "n": 3}
-    assert masked(values) == {"a": {"api_key": "***", "uri": "http://***@h"}, "list": ["x?token=***"], "secret": None, "n": 3}
+    values = {
+        "a": {"api_key": SECRET, "uri": f"http://u:{SECRET}@h"},
+        "list": [f"x?token={SECRET}"],
+        "secret": None,
+        "n": 3,
+    }
+    assert masked(values) == {
+        "a": {"api_key": "***", "uri": "http://***@h"},
+        "list": ["x?token=***"],
+        "secret": None,
+        "n": 3,
+    }
 
 
 def test_no_secret_reaches_the_store_the_log_or_the_terminal(
