@@ -175,7 +175,9 @@ def open_page(places: list[str], options: OpenOptions) -> None:
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host=127.0.0.1"]
     command += [f"--port={options.port}", "--workers=1"]
     console.print(f"http://127.0.0.1:{options.port} shows {mask(shlex.quote(uri))}; Ctrl-C ends it.", markup=False)
-    code = subprocess.run(command, check=False, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}).returncode
+    # Seven processes of 240 MB that run evaluations of language models on request.
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    code = subprocess.run(command, check=False, env=os.environ | quiet).returncode
     require(code == 0, f"MLflow's page ended with exit code {code}. Is port={options.port} in use? Choose another one.")
 
 

@@ -16,7 +16,6 @@ from piflow_dist.tracking.journal import outbox
 from piflow_dist.tracking.tracker import METRICS, RUN_ID, Tracker, log_evaluation, read_metrics
 
 LIMIT = 120
-STEPS = 150
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,6 @@ def test_a_training_killed_three_times_under_a_server_that_dies_is_one_run(
         *STUDENT,
         f"data.root={tiny_data}",
         f"distill.teacher={find_teacher(student_run)}",
-        f"train.steps={STEPS}",
         f"tracking.uri={server.uri}",
         "tracking.experiment=killed",
         "tracking.log_every=2",
@@ -74,8 +72,8 @@ def test_a_training_killed_three_times_under_a_server_that_dies_is_one_run(
         "launch.start=fork",
     ]
 
-    def live() -> Life:
-        return Life(arguments, run_dir, tmp_path / "log", fork=True, save_delay=0)
+    def live(steps: int = 100_000) -> Life:
+        return Life([*arguments, f"train.steps={steps}"], run_dir, tmp_path / "log", fork=True, save_delay=0)
 
     life = live()
     assert life.kill(Aim("step", 4, 0, 0), LIMIT) == "rank 0", (tmp_path / "log").read_text()
@@ -96,10 +94,11 @@ def test_a_training_killed_three_times_under_a_server_that_dies_is_one_run(
     assert life.kill(Aim("step", 12, 0, 0), LIMIT) == "rank 0", (tmp_path / "log").read_text()
     life.wait(LIMIT)
 
-    life = live()
+    last = on_disk(run_dir)[-1][0] + 10
+    life = live(last)
     assert life.wait(LIMIT) == 0, (tmp_path / "log").read_text()
     assert "cannot be reached" in (tmp_path / "log").read_text()
-    assert [step for step, _ in on_disk(run_dir)] == list(range(1, STEPS + 1))
+    assert [step for step, _ in on_disk(run_dir)] == list(range(1, last + 1))
     server.start()
     done = run_tool("track", "sync", str(run_dir))
     assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout
