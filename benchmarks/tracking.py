@@ -72,7 +72,9 @@ def measure(config: step.StepBenchmark, topology: Topology) -> None:
     tracker.flush(120)
     aside = time.clock_gettime(sender) - sender_began
     step_seconds = (whole - sum(spent.seconds.values())) / steps
-    print(f"a step without tracking: {step_seconds:.4f} s of CPU; {steps} steps, tracking.log_every={config.tracking.log_every}")
+    print(
+        f"a step without tracking: {step_seconds:.4f} s of CPU; {steps} steps, tracking.log_every={config.tracking.log_every}"
+    )
     for part, seconds in spent.seconds.items():
         print(f"{part:26}{1e3 * seconds / steps:8.3f} ms a step {seconds / steps / step_seconds:8.2%}")
     print(f"{'the tracking thread':26}{1e3 * aside / steps:8.3f} ms a step {aside / steps / step_seconds:8.2%}")

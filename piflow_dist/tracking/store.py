@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 METRICS_PER_CALL, PARAMS_PER_CALL, PARAM_LENGTH = 1000, 100, 6000  # MLflow's limits
 TRAINING, SWEEP, EVALUATION, PARENT = "piflow.training", "piflow.sweep", "piflow.evaluation", "mlflow.parentRunId"
-KIND = "mlflow.experimentKind"  # which of its two faces MLflow's page shows: that for model training
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "file", "databricks")
 TEXT = {".txt", ".md", ".json", ".jsonl", ".yaml", ".yml", ".patch", ".html", ".csv", ".log"}
 TEXT_BYTES = 8 << 20
@@ -117,7 +116,7 @@ class Store:
             return experiment.experiment_id
         # Beside the database: artifacts must not land in whatever folder the command was typed in.
         beside = (self.run_dir.resolve().parent / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
-        return self.client.create_experiment(name, artifact_location=beside, tags={KIND: "custom_model_development"})
+        return self.client.create_experiment(name, artifact_location=beside)
 
     def _known_run(self) -> str | None:
         """The MLflow run that this run folder belongs to, if the store has it."""
