@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from piflow_dist.config import Config, DataConfig, PolicyConfig
 from piflow_dist.distill import diagnostics
 from piflow_dist.distill.diagnostics import StepMeter
+from piflow_dist.distill.imitation import ImitationOutput
 from piflow_dist.distill.objectives import flow_matching_step, imitation_data_step, imitation_datafree_step
 
 B = 16
@@ -128,3 +129,28 @@ def test_tokens_are_counted_without_padding_and_readings_start_anew() -> None:
     found.add_tokens(2, 64, mask_BL)
     assert found.read(tp=2)["tokens"] == (2 * 64 + 3) / 2
     assert found.read(tp=2)["tokens"] == 0
+
+
+def test_every_image_counts_for_its_own_segment_and_noise_levels() -> None:
+    """Errors of 1, 2 and 3 in the segments 1, 2 and 2 of three images, at two noise levels each."""
+    size_B = torch.tensor([1.0, 2.0, 3.0])
+    target = size_B.reshape(1, 3, 1, 1, 1).expand(2, 3, C, H, W)
+    sigma_MB = torch.tensor([[1.0, 0.55, 0.5], [0.91, 0.1, 0.05]])
+    out = ImitationOutput(
+        loss=torch.tensor(0.0),
+        loss_B=size_B,
+        prediction=torch.zeros_like(target),
+        target=target,
+        sigma_MB=sigma_MB,
+        finish=lambda: target[0],
+    )
+    found = meter()
+    found.add_imitation(out, {"out": torch.zeros(3, 2, C, H, W)}, torch.tensor([0, 1, 1]))
+    values = found.read(tp=1)
+    half = LOSS_SCALE / 2
+    segments = {key: value for key, value in values.items() if key.startswith("loss_segment")}
+    assert_close(segments, {"loss_segment/1": half * 1.0, "loss_segment/2": half * (4 + 9) / 2})
+    by_sigma = {key: value for key, value in values.items() if key.startswith("loss_sigma")}
+    wanted = {"1.0": 1.0, "0.6": 4.0, "0.5": 9.0, "0.1": (4 + 9) / 2}
+    assert_close(by_sigma, {f"loss_sigma/{name}": half * value for name, value in sorted(wanted.items())})
+    assert values["velocity_error_segment/1"] == values["velocity_error"] == 1.0
