@@ -5,6 +5,7 @@ prints. The planner needs a process group of its own, and seconds to minutes: no
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def start_planning(config: Config) -> subprocess.Popen | None:
         return None
     command = [sys.executable, "-m", "piflow_dist.tracking.planned", str(Path(config.run_dir) / "config.yaml")]
     with open(Path(config.run_dir) / "logs" / "plan.log", "w") as output:
-        return subprocess.Popen(["nice", *command], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
 
 
 def write_plan(config: Config) -> None:
@@ -56,4 +57,5 @@ def write_plan(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    os.nice(10)
     write_plan(read_config(Path(sys.argv[1])))
