@@ -38,6 +38,7 @@ from piflow_dist.models.architecture import plan_model, plan_student, plan_tied
 from piflow_dist.models.heads import PATCH
 from piflow_dist.parallel.topology import Topology, start_process_group
 from piflow_dist.parallel.zero import DTYPES, FrozenModel, TiedTeacher, TrainedModel
+from piflow_dist.tracking.gauges import Gauges
 
 GIB = 1 << 30
 PIXELS = 8
@@ -195,6 +196,7 @@ class OurStep:
             state=train.TrainState(),
             watchdog=UNWATCHED,
             straggler=StragglerProbe(topology.device, config.tracking.log_every),
+            gauges=Gauges(config, topology),
         )
 
     def step(self) -> float:

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data_pipeline.description import load_description
 from data_pipeline.online import OnlineEncoder
+from data_pipeline.prompts import pad_prompts
 from data_pipeline.shards import ShardSet
+from data_pipeline.writing import from_bfloat16_bits
 
 STATE_VERSION = 1
 MEMORY_LIMIT_BYTES = 512 << 20
@@ -286,6 +288,18 @@ def read_all(root: str | Path, split: str, *, cache_dir: str | Path | None = Non
     if samples and "image" in samples[0]:
         batch["images"] = [sample["image"] for sample in samples]
     return batch
+
+
+def first_prompts(
+    root: str | Path, split: str, count: int, *, cache_dir: str | Path | None = None
+) -> tuple[Tensor, Tensor]:
+    """(count,L,D) embeddings and (count,L) mask of a split's first samples in stored order, again and again where it has fewer.
+
+    Opens the set anew: worker processes of a stream must not share open shards with their parent.
+    """
+    shards = ShardSet(load_description(root), split, cache_dir=cache_dir)
+    rows = [shards[i % shards.size]["prompt_embeds"] for i in range(count)]
+    return pad_prompts([from_bfloat16_bits(row).float() for row in rows])
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from piflow_dist.checkpoint.files import CheckpointError
 from piflow_dist.config import ConfigError
 from piflow_dist.launch.local import WorkerFailed
 from piflow_dist.parallel.topology import LAUNCHER_PID, die_with_parent
+from piflow_dist.tracking.secrets import mask
 
 Options = TypeVar("Options")
 
@@ -43,5 +44,5 @@ def parse_options(options_class: type[Options], arguments: list[str]) -> Options
 
 
 def fail(message: str, code: int) -> None:
-    print(f"\n{message}", file=sys.stderr)
+    print(f"\n{mask(message)}", file=sys.stderr)
     sys.exit(code)

@@ -545,10 +545,23 @@ class TrackingConfig:
     """MLflow store; default: MLFLOW_TRACKING_URI, else mlflow.db (SQLite) beside the run folder."""
     experiment: str = "piflow_dist"
     log_every: int = 10
-    """Steps between console lines and MLflow batches; every step goes to metrics.jsonl."""
+    """Steps between console lines, MLflow batches and the figures that are means over steps; every step goes to metrics.jsonl."""
+    peak_tflops: float | None = None
+    """Dense bf16 matrix products per GPU, for the share of it that a step reaches; default: cluster.peak_tflops."""
+    probe_every: int = 0
+    """Steps between probes of the policy's end points against the teacher's trajectory (nfe student evaluations each); 0: none."""
+    probe_images: int = 2
+    """Images of the probe, per data-parallel rank."""
+    patience_seconds: float = 20.0
+    """How long the end of a training waits for MLflow to take the rest; training itself never waits."""
+    sweep: str | None = None
+    """Folder of the sweep that the run is of (set by -m): the trainings in it are children of one MLflow run."""
 
     def __post_init__(self):
-        require_positive("tracking", self, "log_every")
+        require_positive("tracking", self, "log_every", "probe_images", "patience_seconds")
+        require(self.probe_every >= 0, f"tracking.probe_every={self.probe_every} must not be negative. Use 0 for none.")
+        if self.peak_tflops is not None:
+            require_positive("tracking", self, "peak_tflops")
 
 
 @dataclass(kw_only=True)

@@ -21,13 +21,13 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.description import load_description
 from data_pipeline.empty_prompt import read_empty_prompt
-from data_pipeline.stream import LatentStream
+from data_pipeline.stream import LatentStream, first_prompts
 from piflow_dist.checkpoint.files import CheckpointError, newest_complete
 from piflow_dist.checkpoint.reader import load_checkpoint
 from piflow_dist.checkpoint.runs import none_left
 from piflow_dist.checkpoint.saver import CheckpointSaver
 from piflow_dist.checkpoint.sharded import find_checkpoint
-from piflow_dist.config import Config, config_values, read_config, require
+from piflow_dist.config import CheckpointConfig, Config, config_values, read_config, require
 from piflow_dist.distill.baselines import meanflow_step, shortcut_step
 from piflow_dist.distill.ema import Ema
 from piflow_dist.distill.objectives import (
@@ -38,17 +38,22 @@ from piflow_dist.distill.objectives import (
     imitation_datafree_step,
     teacher_ratio,
 )
+from piflow_dist.distill.probe import PolicyProbe
 from piflow_dist.evaluation.during import TrainingEvaluation
 from piflow_dist.flow.schedule import FlowSchedule
-from piflow_dist.launch.console import StepProgress, start_logging
+from piflow_dist.launch.console import StepLine, StepProgress, start_logging
 from piflow_dist.launch.exits import FINISHED, STOPPED
 from piflow_dist.launch.straggler import StragglerProbe
 from piflow_dist.launch.watchdog import UNWATCHED, Unwatched, Watchdog, start_watchdog
 from piflow_dist.models.architecture import build_teacher, plan_model
+from piflow_dist.models.heads import PATCH
 from piflow_dist.models.initial import open_initial
 from piflow_dist.models.pretrained import open_teacher, plan_training
 from piflow_dist.parallel.topology import Topology, start_process_group
 from piflow_dist.parallel.zero import FrozenModel, StepResult, TiedTeacher, TrainedModel
+from piflow_dist.tracking.gauges import Gauges
+from piflow_dist.tracking.planned import start_planning
+from piflow_dist.tracking.secrets import masked
 from piflow_dist.tracking.tracker import Tracker, read_run_id
 from piflow_dist.version import code_version
 
@@ -85,8 +90,11 @@ class Run:
     """Saved with the run, which preflight refuses to continue with another teacher."""
     watchdog: Watchdog | Unwatched
     straggler: StragglerProbe
+    gauges: Gauges
     saver: CheckpointSaver
     evaluation: TrainingEvaluation
+    probe: PolicyProbe | None = None
+    """With tracking.probe_every."""
     parent: str | None = None
     """The checkpoint that this process went on from."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -129,6 +137,12 @@ def build_run(config: Config, topology: Topology, watchdog: Watchdog | Unwatched
         augment=config.data.augment,
     )
     schedule = build_schedule(config.schedule, description.typical_shape)
+    empty_LD = read_empty_prompt(description).to(topology.device)
+    probe = None
+    if config.distils and config.tracking.probe_every:
+        probe = PolicyProbe(
+            config, schedule, model, teacher, probe_batch(config, topology, empty_LD, description.typical_shape)
+        )
     return Run(
         config=config,
         topology=topology,
@@ -137,15 +151,29 @@ def build_run(config: Config, topology: Topology, watchdog: Watchdog | Unwatched
         teacher=teacher,
         ema=Ema(model.masters, config.ema.gamma, config.ema.start_step),
         stream=stream,
-        empty_LD=read_empty_prompt(description).to(topology.device),
+        empty_LD=empty_LD,
+        probe=probe,
         state=TrainState(),
         teacher_fingerprint=open_teacher(config).fingerprint() if config.distils else None,
         watchdog=watchdog,
         straggler=StragglerProbe(topology.device, config.tracking.log_every),
+        gauges=Gauges(config, topology),
         saver=CheckpointSaver(Path(config.run_dir) / "checkpoints", topology, config.checkpoint),
         evaluation=TrainingEvaluation(config, description, schedule, topology),
         started_from=None if initial is None else initial.lineage,
     )
+
+
+def probe_batch(config: Config, topology: Topology, empty_LD: Tensor, shape: tuple[int, int, int]) -> Batch:
+    """The data set's first prompts, some for each data-parallel rank, and noise of seeds that nothing else uses."""
+    count, device = config.tracking.probe_images, topology.device
+    found = first_prompts(
+        config.data.root, config.data.split, count * topology.dp_size, cache_dir=config.data.cache_dir
+    )
+    mine = slice(topology.dp_rank * count, (topology.dp_rank + 1) * count)
+    generator = torch.Generator(device).manual_seed(seed_from(config.train.seed, "probe", topology.dp_rank))
+    noise_BCHW = torch.randn((count, *shape), generator=generator, device=device)
+    return Batch(noise_BCHW, *(tensor[mine].to(device) for tensor in found), empty_LD)
 
 
 def newest_checkpoint_of(config: Config) -> Path | None:
@@ -162,6 +190,7 @@ def seed_from(*parts: int) -> int:
 def train_step(run: Run) -> tuple[Tensor, StepResult]:
     """One optimiser step: backwards of all micro-batches, then the update. Returns (mean loss over ranks, result)."""
     config, state, watchdog = run.config, run.state, run.watchdog
+    meter, clock = run.gauges.meter, run.gauges.clock
     micro_batches, _ = config.train.accumulation(run.topology.dp_size)
     losses = []
     for micro in range(micro_batches):
@@ -171,15 +200,20 @@ def train_step(run: Run) -> tuple[Tensor, StepResult]:
         generator = torch.Generator(run.topology.device).manual_seed(seed)
         torch.manual_seed(seed)
         watchdog.enter("data")
+        clock.enter("data")
         began = time.perf_counter()
         batch = next_batch(run)
         run.straggler.add_wait(time.perf_counter() - began)
         watchdog.enter("forward and backward")
+        clock.enter("forward and backward")
+        meter.add_tokens(len(batch.x0_BCHW), math.prod(batch.x0_BCHW.shape[-2:]) // PATCH**2, batch.mask_BL)
         losses.append(micro_step(run, batch, 1 / micro_batches, generator))
     watchdog.enter("optimizer")
+    clock.enter("optimizer")
     clip = config.optim.clip if state.step >= config.optim.clip_from_step else 0.0
     result = run.model.step(lr_scale(state.step, config), clip)
     watchdog.enter("loss")
+    clock.enter("loss")
     # A signal reaches the ranks at different moments, before this step's end on one and after it on another: they agree in
     # the sum that they make anyway. Over all ranks, not the data-parallel ones, as those of another slice must agree too.
     loss = torch.stack(losses).mean()
@@ -190,21 +224,22 @@ def train_step(run: Run) -> tuple[Tensor, StepResult]:
 
 
 def micro_step(run: Run, batch: Batch, scale: float, generator: torch.Generator) -> Tensor:
+    meter = run.gauges.meter
     match run.config.objective:
         case "flow_matching":
-            return flow_matching_step(run.model, batch, run.config, run.schedule, scale, generator)
+            return flow_matching_step(run.model, batch, run.config, run.schedule, scale, generator, meter)
         case "imitation":
             return imitation_data_step(
-                run.model, run.teacher, batch, run.config, run.schedule, run.state.step, scale, generator
+                run.model, run.teacher, batch, run.config, run.schedule, run.state.step, scale, generator, meter
             )
         case "imitation_datafree":
             return imitation_datafree_step(
-                run.model, run.teacher, batch, run.config, run.schedule, run.state.step, scale, generator
+                run.model, run.teacher, batch, run.config, run.schedule, run.state.step, scale, generator, meter
             )
         case "meanflow":
-            return meanflow_step(run.model, run.teacher, batch, run.config, run.schedule, scale, generator)
+            return meanflow_step(run.model, run.teacher, batch, run.config, run.schedule, scale, generator, meter)
         case "shortcut_regression":
-            return shortcut_step(run.model, run.teacher, batch, run.config, run.schedule, scale, generator)
+            return shortcut_step(run.model, run.teacher, batch, run.config, run.schedule, scale, generator, meter)
         case unknown:
             raise ValueError(f"objective={unknown} has no training step.")
 
@@ -286,7 +321,7 @@ def start_save(run: Run) -> dict[str, float]:
     """Save the state of this moment beside what follows; the figures of an earlier save that has become complete by it."""
     data = run.stream.description
     state = {
-        "config": config_values(run.config),
+        "config": config_values(run.config) | {"tracking": masked(config_values(run.config.tracking))},
         "train": vars(run.state),
         "metrics": {key: value for key, value in run.metrics.items() if math.isfinite(value)},
         "parent": run.parent,
@@ -308,9 +343,10 @@ def train(run: Run, tracker: Tracker | None) -> bool:
     Returns whether all steps are done: a request to stop (launch/signals.py) ends the loop after a checkpoint.
     """
     config, state, watchdog = run.config, run.state, run.watchdog
-    title, stop = Path(config.run_dir).name, False
+    line = StepLine()
+    title, stop, lines = Path(config.run_dir).name, False, Path(config.run_dir) / "logs" / "progress.log"
     figures = evaluate(run, tracker) if run.evaluation.is_owed(state.step) else {}
-    with StepProgress(title, config.train.steps, state.step, config.tracking.log_every * 5) as progress:
+    with StepProgress(title, config.train.steps, state.step, config.tracking.log_every * 5, lines) as progress:
         while state.step < config.train.steps and not stop:
             began = time.perf_counter()
             watchdog.begin_step(state.step + 1)
@@ -324,14 +360,16 @@ def train(run: Run, tracker: Tracker | None) -> bool:
                 state.loss_smooth = smooth + LOSS_FORGETS * (loss - smooth)
             run.metrics = step_values(run, loss, result, time.perf_counter() - began)
             check_best_metric(run)
-            run.metrics |= run.straggler.measure(state.step)
+            run.metrics |= measure(run, result)
             save_is_due, settled = run.saver.at_boundary(state.step)
             watchdog.end_step("metrics and checkpoint")
             if run.evaluation.is_due(state.step) and not stop:
                 run.metrics |= evaluate(run, tracker)
             if tracker is not None:
                 tracker.log(state.step, run.metrics | figures | settled)
-                progress.update(state.step, f"loss {loss:.4f}  {run.metrics['seconds']:.3f} s/step")
+                if figures or settled:
+                    tracker.checkpoints_changed()
+                progress.update(state.step, line(run.metrics, next_save(config.checkpoint, state.step)))
             figures = {}
             if save_is_due or stop or state.step == config.train.steps:
                 figures = start_save(run)
@@ -349,6 +387,22 @@ def evaluate(run: Run, tracker: Tracker | None) -> dict[str, float]:
         tracker.log_artifact(picture, "evaluation")
     run.watchdog.enter("metrics and checkpoint")
     return values
+
+
+def measure(run: Run, result: StepResult) -> dict[str, float]:
+    """What is not known of every step: means over the last ones, ranks, memory, the probe. Collective; alike on the ranks that log."""
+    step, every = run.state.step, run.config.tracking.probe_every
+    run.gauges.end_step(run.metrics["seconds"], result.clipped)
+    values = run.straggler.measure(step) | run.gauges.measure(step)
+    if run.probe is not None and step % every == 0:
+        run.watchdog.enter("probe")
+        values |= run.probe.measure()
+    return values
+
+
+def next_save(rules: CheckpointConfig, step: int) -> int | None:
+    """The step of the next checkpoint, where steps decide it."""
+    return (step // rules.every + 1) * rules.every if rules.every else None
 
 
 def check_best_metric(run: Run) -> None:
@@ -382,12 +436,15 @@ def work(config: Config, topology: Topology, watchdog: Watchdog) -> int:
     run = build_run(config, topology, watchdog)
     resume(run)
     tracker = Tracker(config, run.state.step + 1, topology.world_size) if topology.is_main else None
+    planning = start_planning(config) if topology.is_main else None
     status = "FAILED"
     try:
         done = train(run, tracker)
         status = "FINISHED" if done else "SCHEDULED"  # MLflow's word for a run that is to go on
     finally:
         run.saver.close(config.launch.timeout_seconds)
+        if planning is not None and planning.poll() is None:
+            planning.terminate()
         if tracker is not None:
             tracker.close(status)
     if not done and topology.is_main:

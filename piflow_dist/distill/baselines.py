@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from piflow_dist.config import Config, MeanFlowConfig
+from piflow_dist.distill.diagnostics import StepMeter
 from piflow_dist.distill.objectives import (
     Batch,
     Network,
@@ -44,6 +45,7 @@ def meanflow_step(
     schedule: FlowSchedule,
     scale: float,
     generator: torch.Generator,
+    meter: StepMeter | None = None,
 ) -> Tensor:
     """MeanFlow (arXiv 2505.13447): u = v - (sigma - r) du/dsigma along the flow, the right side held fixed.
 
@@ -65,7 +67,10 @@ def meanflow_step(
     one_B = torch.ones_like(sigma_B)
     along_BCHW = model.derivative(inputs, (v_BCHW, one_B, None, None, None, one_B))
     target_BCHW = v_BCHW - span_B[:, None, None, None] * along_BCHW
-    square_BCHW = (model(*inputs)["mean"] - target_BCHW).square()
+    mean_BCHW = model(*inputs)["mean"]
+    if meter is not None:
+        meter.add_velocities(mean_BCHW, target_BCHW, sigma_B)
+    square_BCHW = (mean_BCHW - target_BCHW).square()
     model.backward(adaptive_loss(square_BCHW, settings) * scale)
     return square_BCHW.detach().mean()
 
@@ -99,13 +104,14 @@ def shortcut_step(
     schedule: FlowSchedule,
     scale: float,
     generator: torch.Generator,
+    meter: StepMeter | None = None,
 ) -> Tensor:
     """Regress the mean velocity to where the teacher's own Euler steps through a segment end (knowledge distillation; of all
     segments in one student, as progressive distillation's last round). Segments are drawn and entered as imitation's are.
 
     Returns the detached loss, loss_scale/2 times the mean square error.
     """
-    x_src_BCHW, tau_src_B, length_B = enter_segment(batch, config, schedule, generator)
+    x_src_BCHW, tau_src_B, length_B, _ = enter_segment(batch, config, schedule, generator)
     velocity = TeacherVelocity(teacher, batch, config.distill.guidance, config.model.guidance_embeds)
     x_end_BCHW = follow_teacher(velocity, x_src_BCHW, tau_src_B, length_B, schedule, config.distill.teacher_substeps)
     sigma_src_B, sigma_end_B = schedule.warp(tau_src_B), schedule.warp((tau_src_B - length_B).clamp(min=0))
@@ -113,6 +119,8 @@ def shortcut_step(
     target_BCHW = (x_src_BCHW - x_end_BCHW) / span_B[:, None, None, None]
     guidance_B = guidance_input(config.model.guidance_embeds, config.distill.guidance.scale, sigma_src_B)
     mean_BCHW = model(x_src_BCHW, sigma_src_B, batch.text_BLD, batch.mask_BL, guidance_B, span_B)["mean"]
+    if meter is not None:
+        meter.add_velocities(mean_BCHW, target_BCHW, sigma_src_B)
     loss = F.mse_loss(mean_BCHW, target_BCHW) * (config.distill.loss_scale / 2)
     model.backward(loss * scale)
     return loss.detach()

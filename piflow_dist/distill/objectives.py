@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from piflow_dist.config import Config, GuidanceConfig, ScheduleConfig
+from piflow_dist.distill.diagnostics import StepMeter
 from piflow_dist.distill.imitation import ImitationOutput, ImitationSettings, imitation_segment
 from piflow_dist.flow.guidance import guided_velocity, needs_uncond
 from piflow_dist.flow.schedule import FlowSchedule
@@ -101,6 +102,7 @@ def flow_matching_step(
     schedule: FlowSchedule,
     scale: float,
     generator: torch.Generator,
+    meter: StepMeter | None = None,
 ) -> Tensor:
     """|u(x_sigma, sigma, prompt) - (eps - x_0)|^2 at tau ~ U(0, 1], prompts dropped at random; backward of scale * it.
 
@@ -113,6 +115,8 @@ def flow_matching_step(
     x_BCHW = add_noise(batch.x0_BCHW, noise_BCHW, sigma_B)
     u_BCHW = model(x_BCHW, sigma_B, batch.text_BLD, batch.mask_BL).float()
     loss = F.mse_loss(u_BCHW, noise_BCHW - batch.x0_BCHW)
+    if meter is not None:
+        meter.add_velocities(u_BCHW, noise_BCHW - batch.x0_BCHW, sigma_B)
     model.backward(loss * scale)
     return loss.detach()
 
@@ -126,20 +130,21 @@ def imitation_data_step(
     step: int,
     scale: float,
     generator: torch.Generator,
+    meter: StepMeter | None = None,
 ) -> Tensor:
     """pi-ID on data: one segment per image, chosen by tau ~ U(0, 1] and entered from the noised image."""
-    x_src_BCHW, tau_src_B, length_B = enter_segment(batch, config, schedule, generator)
+    source = enter_segment(batch, config, schedule, generator)
     velocity = TeacherVelocity(teacher, batch, config.distill.guidance, config.model.guidance_embeds)
     ratio = teacher_ratio(step, config)
-    out = imitate(model, velocity, batch, x_src_BCHW, tau_src_B, length_B, config, schedule, ratio, generator)
+    out = imitate(model, velocity, batch, *source, config, schedule, ratio, generator, meter)
     model.backward(out.loss * scale)
     return out.loss.detach()
 
 
 def enter_segment(
     batch: Batch, config: Config, schedule: FlowSchedule, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_src_BCHW, tau_src_B, length_B): the noised images at the starts of the segments that random times fall into."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x_src_BCHW, tau_src_B, length_B, index_B): the noised images at the starts of the segments that random times fall into."""
     B, device = len(batch.x0_BCHW), batch.x0_BCHW.device
     boundaries = segment_boundaries(config, schedule).to(device)
     tau_B = 1 - torch.rand(B, generator=generator, device=device)
@@ -147,7 +152,7 @@ def enter_segment(
     tau_src_B = boundaries[index_B]
     noise_BCHW = randn_like(batch.x0_BCHW, generator)
     x_src_BCHW = add_noise(batch.x0_BCHW, noise_BCHW, schedule.warp(tau_src_B))
-    return x_src_BCHW, tau_src_B, tau_src_B - boundaries[index_B + 1]
+    return x_src_BCHW, tau_src_B, tau_src_B - boundaries[index_B + 1], index_B
 
 
 def imitation_datafree_step(
@@ -159,6 +164,7 @@ def imitation_datafree_step(
     step: int,
     scale: float,
     generator: torch.Generator,
+    meter: StepMeter | None = None,
 ) -> Tensor:
     """pi-ID from noise: walk all segments, one backward each, entering the next where the walk through this one ends.
 
@@ -168,9 +174,10 @@ def imitation_datafree_step(
     velocity = TeacherVelocity(teacher, batch, config.distill.guidance, config.model.guidance_embeds)
     boundaries = segment_boundaries(config, schedule).to(batch.x0_BCHW.device)
     x_BCHW, losses, ratio = randn_like(batch.x0_BCHW, generator), [], teacher_ratio(step, config)
-    for tau, tau_next in zip(boundaries[:-1], boundaries[1:], strict=True):
+    for index, (tau, tau_next) in enumerate(zip(boundaries[:-1], boundaries[1:], strict=True)):
         tau_B, length_B = tau.expand(len(x_BCHW)), (tau - tau_next).expand(len(x_BCHW))
-        out = imitate(model, velocity, batch, x_BCHW, tau_B, length_B, config, schedule, ratio, generator)
+        source = (x_BCHW, tau_B, length_B, torch.full_like(tau_B, index, dtype=torch.long))
+        out = imitate(model, velocity, batch, *source, config, schedule, ratio, generator, meter)
         loss = out.loss * (tau - tau_next)
         model.backward(loss * scale)
         losses.append(loss.detach())
@@ -185,12 +192,14 @@ def imitate(
     x_src_BCHW: Tensor,
     tau_src_B: Tensor,
     length_B: Tensor,
+    index_B: Tensor,
     config: Config,
     schedule: FlowSchedule,
     ratio: float,
     generator: torch.Generator,
+    meter: StepMeter | None,
 ) -> ImitationOutput:
-    """One network evaluation and the imitation of one segment."""
+    """One network evaluation and the imitation of one segment, number index_B (from 0)."""
     sigma_src_B = schedule.warp(tau_src_B)
     guidance_B = guidance_input(config.model.guidance_embeds, config.distill.guidance.scale, sigma_src_B)
     outputs = model(x_src_BCHW, sigma_src_B, batch.text_BLD, batch.mask_BL, guidance_B)
@@ -198,7 +207,7 @@ def imitate(
     trajectory_policy = policy.detach()
     if config.policy.type == "gmflow" and config.distill.component_dropout > 0:
         trajectory_policy = trajectory_policy.with_dropout(config.distill.component_dropout, generator)
-    return imitation_segment(
+    out = imitation_segment(
         policy,
         velocity,
         x_src_BCHW,
@@ -210,6 +219,9 @@ def imitate(
         generator=generator,
         rollout_policy=trajectory_policy,
     )
+    if meter is not None:
+        meter.add_imitation(out, outputs, index_B)
+    return out
 
 
 def build_schedule(config: ScheduleConfig, latent_shape: tuple[int, int, int]) -> FlowSchedule:

@@ -31,6 +31,7 @@ from data_pipeline.prompts import load_prompt_encoder, pad_prompts
 from piflow_dist.checkpoint.files import step_name
 from piflow_dist.config import Config, GuidanceConfig, require
 from piflow_dist.distill.objectives import Batch, TeacherVelocity
+from piflow_dist.distill.student import predictor, takes_end, trained_nfe
 from piflow_dist.evaluation import figures, metrics
 from piflow_dist.evaluation.evaluate import write_atomically
 from piflow_dist.evaluation.metrics import NotMeasurable
@@ -39,7 +40,6 @@ from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.flow.solvers import euler_sample, policy_sample
 from piflow_dist.parallel.topology import Topology
 from piflow_dist.parallel.zero import FrozenModel, TiedTeacher, TrainedModel
-from piflow_dist.sampling.student import predictor, takes_end, trained_nfe
 
 log = logging.getLogger(__name__)
 

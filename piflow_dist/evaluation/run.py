@@ -14,8 +14,8 @@ from piflow_dist.evaluation.settings import EvaluateConfig, sample_settings
 from piflow_dist.launch.local import run_workers
 from piflow_dist.launch.lock import only_user
 from piflow_dist.sampling.run import sample
-from piflow_dist.tracking.evaluations import log_evaluation
-from piflow_dist.tracking.tracker import RUN_ID
+from piflow_dist.tracking.journal import read_identity
+from piflow_dist.tracking.tracker import log_evaluation
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +59,10 @@ def finish(config: EvaluateConfig) -> tuple[dict[str, Any], Paths | None]:
 
 
 def run_of(result: dict[str, Any]) -> Path | None:
-    """The training run that the first student was sampled from, where it has an MLflow run."""
+    """The training run that the first student was sampled from, where it is tracked."""
     for row in result["rows"]:
         source = open_samples(row["folder"]).meta.get("source") if row["kind"] == "student" else None
         for folder in [Path(source), *Path(source).parents][:3] if source else []:
-            if (folder / RUN_ID).is_file():
+            if read_identity(folder):
                 return folder
     return None

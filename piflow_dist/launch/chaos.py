@@ -17,7 +17,7 @@ from piflow_dist.checkpoint.phases import PHASES
 from piflow_dist.config import ConfigError, require, require_positive
 from piflow_dist.launch.console import StepProgress, console
 from piflow_dist.launch.lives import Aim, Life
-from piflow_dist.tracking.tracker import METRICS, read_metrics
+from piflow_dist.tracking.journal import METRICS, read_metrics
 
 COMPARED = ("loss", "grad_norm", "lr", "ema_decay", "skipped", "loss_smooth")
 SCENARIOS = {

@@ -5,14 +5,16 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from piflow_dist.tracking.secrets import mask
 
 console = Console()
 
@@ -34,18 +36,23 @@ def is_slurm_task() -> bool:
 
 
 class StepProgress:
-    """Progress of `total` steps. `update(step, text)` after each; plain lines every `every` steps without a terminal."""
+    """Progress of `total` steps. `update(step, text)` after each; plain lines every `every` steps without a terminal.
 
-    def __init__(self, title: str, total: int, start: int = 0, every: int = 10):
-        self.title, self.total, self.start, self.every = title, total, start, every
+    lines: a file that gets the plain lines in any case, behind what is there.
+    """
+
+    def __init__(self, title: str, total: int, start: int = 0, every: int = 10, lines: Path | None = None):
+        self.title, self.total, self.start, self.every, self.lines = title, total, start, every, lines
         self.began = time.monotonic()
-        self.bar = None
+        self.bar = self.file = None
 
     def __enter__(self) -> "StepProgress":
+        if self.lines is not None:
+            self.file = open(self.lines, "a", buffering=1)  # noqa: SIM115  (__exit__ closes it)
         if console.is_terminal and not is_slurm_task():
             self.bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("eta"),
@@ -60,14 +67,43 @@ class StepProgress:
     def update(self, step: int, text: str = "") -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=step, text=text)
-        elif step % self.every == 0 or step == self.total:
-            per_step = (time.monotonic() - self.began) / max(step - self.start, 1)
-            eta = timedelta(seconds=round(per_step * (self.total - step)))
-            print(f"{self.title} {step}/{self.total}  eta {eta}  {text}", flush=True)
+        if step % self.every and step != self.total:
+            return
+        per_step = (time.monotonic() - self.began) / max(step - self.start, 1)
+        line = (
+            f"{self.title} {step}/{self.total}  eta {timedelta(seconds=round(per_step * (self.total - step)))}  {text}"
+        )
+        if self.bar is None:
+            print(line, flush=True)
+        if self.file is not None:
+            print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", file=self.file)
 
     def __exit__(self, *exception) -> None:
         if self.bar is not None:
             self.bar.stop()
+        if self.file is not None:
+            self.file.close()
+
+
+class StepLine:
+    """A training step in a few words. Figures that only some steps have are those of the last one that had them."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, float] = {}
+
+    def __call__(self, metrics: Mapping[str, float], next_save: int | None) -> str:
+        """metrics: docs/tracking.md. next_save: step of the next checkpoint, None where the clock decides it."""
+        self.known |= metrics
+        known = self.known
+        parts = [f"loss {known['loss']:.4f}", f"grad {known['grad_norm']:.3g}", f"{known['seconds']:.3f} s/step"]
+        memory = known.get("memory/peak_gib", known.get("memory/host_gib"))
+        if memory is not None:
+            parts.append(f"{memory:.1f} GiB")
+        if "data_wait" in known:
+            parts.append(f"data {known['data_wait']:.1%}")
+        if next_save is not None:
+            parts.append(f"saves at {next_save}")
+        return "  ".join(parts)
 
 
 @contextmanager
@@ -82,6 +118,13 @@ def progress_of(title: str) -> Iterator[Callable[[int, int], None]]:
             bars[0].update(done)
 
         yield progress
+
+
+class MaskingFormatter(logging.Formatter):
+    """Addresses with passwords reach the log in other libraries' messages, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask(super().format(record))
 
 
 def start_logging(rank: int, folder: Path, level: str = "INFO") -> TextIO:
@@ -99,7 +142,7 @@ def start_logging(rank: int, folder: Path, level: str = "INFO") -> TextIO:
     handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank}.log")]
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stderr))
-    layout = logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+    layout = MaskingFormatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
     for handler in handlers:
         handler.setFormatter(layout)
     root = logging.getLogger()

@@ -19,9 +19,10 @@ from piflow_dist.checkpoint.files import (
 from piflow_dist.checkpoint.runs import changes_refused, none_left, read_run_config, resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, changed_keys, require
 from piflow_dist.models.pretrained import open_teacher
-from piflow_dist.tracking.tracker import METRICS, RUN_ID
+from piflow_dist.tracking.journal import METRICS, RUN_ID, TRACKING
+from piflow_dist.tracking.secrets import mask
 
-OF_A_RUN = ("checkpoints", "config.yaml", METRICS, RUN_ID, "logs", "evaluation")
+OF_A_RUN = ("checkpoints", "config.yaml", METRICS, RUN_ID, TRACKING, "logs", "evaluation")
 
 
 def newest_checkpoint(config: Config) -> Path | None:
@@ -104,7 +105,7 @@ def describe_continuation(config: Config) -> list[str]:
         lines += newest_complete(Path(config.run_dir) / "checkpoints", contents=False)[1]
     changed = changed_keys(read_run_config(checkpoint), config)
     return lines + [
-        f"changed since step {step_of(checkpoint)}: {key}: {old} -> {new}" for key, (old, new) in changed.items()
+        mask(f"changed since step {step_of(checkpoint)}: {key}: {old} -> {new}") for key, (old, new) in changed.items()
     ]
 
 
@@ -163,8 +164,9 @@ def go_back(run_dir: Path, chosen: Path) -> Path | None:
             if (run_dir / name).exists():
                 shutil.copyfile(run_dir / name, target / name)
         # MLflow holds what is set aside: what follows is another run there.
-        if (run_dir / RUN_ID).exists():
-            os.replace(run_dir / RUN_ID, target / RUN_ID)
+        for name in (RUN_ID, TRACKING):
+            if (run_dir / name).exists():
+                os.replace(run_dir / name, target / name)
         for path in later:
             # The newest moves first: a kill in between leaves a shorter training, not one with a gap.
             os.replace(path, target / "checkpoints" / path.name)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from piflow_dist.checkpoint.phases import DELAY_VARIABLE, FOLDER_VARIABLE
-from piflow_dist.tracking.tracker import METRICS, read_metrics
+from piflow_dist.tracking.journal import METRICS, read_metrics
 
 LAUNCH = Path(__file__).parents[2] / "tools" / "launch.py"
 POLL = 0.001

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from piflow_dist.launch.exits import CONTINUED, FINISHED, GAVE_UP, REFUSED, STOPPED
 from piflow_dist.launch.failure_record import read_failure
-from piflow_dist.tracking.tracker import METRICS, read_metrics
+from piflow_dist.tracking.journal import METRICS, read_metrics
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ def expand(arguments: list[str]) -> list[list[str]]:
         # By key: the sweeper keeps a key that was given twice at the place of the first.
         chosen = [word for key in swept for word in run if word.partition("=")[0] == key]
         name = ",".join(word.lstrip("+") for word in chosen).replace("/", "_")
-        runs.append([*run, f"run_dir={quote(str(base / name))}"])
+        runs.append([*run, f"run_dir={quote(str(base / name))}", f"tracking.sweep={quote(str(base.resolve()))}"])
     return runs
 
 

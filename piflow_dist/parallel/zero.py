@@ -31,6 +31,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     """False where the gradient was not finite and the weights were left as they were."""
+    clipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,16 @@ class TrainedModel:
         self.engine.step()
         self._gather_kept_whole()
         norm = float(self.engine.get_global_grad_norm())
-        return StepResult(grad_norm=norm, applied=not self.optimizer.overflow)
+        return StepResult(grad_norm=norm, applied=not self.optimizer.overflow, clipped=0 < clip < norm)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Calls inside are without dropout; between two steps only. The caller sees to it that no gradients are asked for."""
+        self.engine.eval()
+        try:
+            yield
+        finally:
+            self.engine.train()
 
     def _gather_kept_whole(self) -> None:
         stale = [parameter for parameter in self.kept_whole if parameter.ds_status.name == "NOT_AVAILABLE"]

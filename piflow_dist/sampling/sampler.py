@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from data_pipeline.codec import Codec, load_codec
 from piflow_dist.config import GuidanceConfig, read_config
 from piflow_dist.distill.objectives import Batch, Network, TeacherVelocity
+from piflow_dist.distill.student import predictor, takes_end, trained_nfe
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.flow.solvers import euler_sample, policy_sample
 from piflow_dist.launch.console import StepProgress
@@ -31,7 +32,6 @@ from piflow_dist.sampling.failures import FailureLog
 from piflow_dist.sampling.images import ImageRequest, save_image, to_uint8
 from piflow_dist.sampling.network import load_network
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request, downscale
-from piflow_dist.sampling.student import predictor, takes_end, trained_nfe
 
 CPU_TOKENS = 1024
 """Tokens of one evaluation on a CPU, about: more rows gain nothing there."""

@@ -9,7 +9,17 @@ import pytest
 from mlflow.entities import Run
 
 from piflow_dist.config import CheckpointConfig, Config, DataConfig, TrackingConfig, save_config
-from piflow_dist.tracking.tracker import METRICS, RUN_ID, Tracker, read_metrics, tracking_uri, ui_command
+from piflow_dist.tracking.journal import write_identity
+from piflow_dist.tracking.store import Store
+from piflow_dist.tracking.tracker import (
+    METRICS,
+    RUN_ID,
+    Tracker,
+    describe_run,
+    read_metrics,
+    tracking_uri,
+    ui_command,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +52,7 @@ def record(tracker: Tracker, first: int, last: int, life: int = 0) -> None:
     """life tells the rows of one process from those that another one wrote for the same step."""
     for step in range(first, last + 1):
         tracker.log(step, {"loss": 1 / step, "life": float(life)})
+    assert tracker.flush(60)
 
 
 def file_rows(config: Config) -> list[tuple[int, float, float]]:
@@ -132,7 +143,7 @@ def test_one_life(config: Config) -> None:
     record(tracker, 1, 5)
     running = only_run(config)
     assert running.info.status == "RUNNING"
-    assert mlflow_rows(config, running) == losses(4)  # in batches of tracking.log_every
+    assert mlflow_rows(config, running) == losses(5)
     tracker.close("FINISHED")
     run = only_run(config)
     assert run.info.status == "FINISHED" and run.info.run_name == "run"
@@ -159,23 +170,28 @@ def test_a_continued_run_is_the_same_run_with_every_step_once(config: Config, ch
     assert run.data.tags["world_size"] == "4"
 
 
-def test_a_kill_inside_a_flush_sends_nothing_twice(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first of two messages, before anything else could be noted about it."""
-    config.tracking.log_every = 600
-    record(Tracker(config, 1, 1), 1, 599)
-    tracker = Tracker(config, 1, 1)
-    send, sent = tracker.client.log_batch, []
+@pytest.mark.parametrize("told", [True, False], ids=["the store has it", "the store has it not"])
+def test_an_end_between_sending_and_knowing_sends_nothing_twice(config: Config, told: bool) -> None:
+    """After the first of two messages; the sender cannot know whether the second one arrived."""
+    config.tracking.enabled = False
+    record(Tracker(config, 1, 1), 1, 600)
+    config.tracking.enabled = True
+    write_identity(Path(config.run_dir), describe_run(config, 1, 1))
+    store = Store(Path(config.run_dir), config)
+    store._open()
+    send, sent = store.client.log_batch, []
 
-    def killed(*arguments: object, **options: object) -> None:
-        if sent:
-            raise KeyboardInterrupt
-        sent.append(send(*arguments, **options))
+    def interrupted(*arguments: object, **options: object) -> None:
+        if not sent or told:
+            sent.append(send(*arguments, **options))
+        if len(sent) == 2 or not told:
+            raise TimeoutError
 
-    monkeypatch.setattr(tracker.client, "log_batch", killed)
-    with pytest.raises(KeyboardInterrupt):
-        record(tracker, 1, 600)
-    again = Tracker(config, 1, 1)
-    record(again, 1, 600)
+    store.client.log_batch = interrupted
+    with pytest.raises(TimeoutError):
+        store.sync()
+    store.client.log_batch = send
+    assert store.sync() and Store(Path(config.run_dir), config).sync()  # by the same process, and by another one
     for key in ("loss", "life"):
         assert [step for step, _ in mlflow_rows(config, only_run(config), key)] == list(range(1, 601))
 
@@ -187,7 +203,7 @@ def test_a_run_deleted_in_the_store_is_replaced(config: Config, caplog: pytest.L
     with caplog.at_level(logging.WARNING, logger="piflow_dist"):
         record(Tracker(config, 3, 1), 3, 4)
     assert deleted in caplog.text
-    assert mlflow_rows(config, only_run(config)) == losses(4)[2:]
+    assert mlflow_rows(config, only_run(config)) == losses(4)
 
 
 def test_settings_that_a_kill_kept_from_the_store_follow(config: Config) -> None:
@@ -235,17 +251,20 @@ def test_starting_afresh_is_a_new_run(config: Config) -> None:
 
 def test_a_store_without_the_saved_run_gets_a_new_one(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     missing = "0123456789abcdef0123456789abcdef"
+    config.tracking.enabled = False
+    record(Tracker(config, 1, 1), 1, 2)
+    config.tracking.enabled = True
     (Path(config.run_dir) / RUN_ID).write_text(missing + "\n")
     with caplog.at_level(logging.WARNING, logger="piflow_dist"):
         tracker = Tracker(config, 3, 1)
     (message,) = [entry.getMessage() for entry in caplog.records if entry.name.startswith("piflow_dist")]
     assert missing in message and config.tracking.uri in message
     record(tracker, 3, 4)
-    assert mlflow_rows(config, only_run(config)) == losses(4)[2:]
+    assert mlflow_rows(config, only_run(config)) == losses(4)
     assert (Path(config.run_dir) / RUN_ID).read_text().strip() == only_run(config).info.run_id
     caplog.clear()
     record(Tracker(config, 5, 1), 5, 6)  # from now on that one
-    assert mlflow_rows(config, only_run(config)) == losses(6)[2:] and not caplog.records
+    assert mlflow_rows(config, only_run(config)) == losses(6) and not caplog.records
 
 
 # Where the runs are
