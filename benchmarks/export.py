@@ -56,7 +56,7 @@ def write_checkpoint(folder: Path, config: Config) -> None:
         "tp": 1,
         "parameters": {name: {"shape": list(shape), "split_dim": None} for name, shape in shapes.items()},
         "config": config_values(config),
-        "teacher": DiffusersWeights(Path(config.distill.teacher)).fingerprint(),
+        "teacher": DiffusersWeights(Path(config.distill.teacher), config.model).fingerprint(),
     }
     (folder / STATE).write_text(json.dumps(state))
     files = {name: file_digest(folder / name) for name in (STATE, shard_name(0))}
