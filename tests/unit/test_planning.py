@@ -261,3 +261,17 @@ def test_a_rank_is_like_the_others() -> None:
 def test_configurations_compare_without_clusters() -> None:
     assert isinstance(load_config(["experiment=qwen_gmm"]), Config)
     assert load_config(["experiment=qwen_gmm"]).cluster is None
+
+
+def test_meanflows_derivative_costs_two_to_three_forward_passes() -> None:
+    """Linear layers twice (value and derivative), products inside attention three times; attention S x S takes its memory."""
+    plan = planned(
+        "+cluster=h100x1", "experiment=qwen_gmm", "policy=mean", "objective=meanflow", "model=qwen_image_300m", "train.batch_size=2",
+        shape=Shape((32, 32), 64),
+    )  # fmt: skip
+    ratio = plan.flops["derivative"] / plan.flops["student forward"]
+    assert 2 < ratio < 3, ratio
+    B, N, S = 2, 8, 16 * 16 + 64
+    assert plan.phases["derivative"] - plan.phases["teacher"] > 2 * (
+        2 * B * N * S * S
+    )  # scores and their derivative, bf16
