@@ -203,7 +203,7 @@ def _train(
     net = net.to(device, memory_format=torch.channels_last)  # a fifth faster on a CPU
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     steps = settings.epochs * (len(train) // settings.batch_size)
-    rise = max(0.2, 2 / steps)  # of fewer than two steps it would be a division by zero
+    rise = max(0.2, min(1.0, 2 / steps)) if steps > 1 else 0.2  # OneCycleLR divides by a rise's steps less one
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps, pct_start=rise)
     step = 0
     for _ in range(settings.epochs):

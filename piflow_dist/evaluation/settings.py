@@ -102,7 +102,12 @@ def sample_settings(config: EvaluateConfig, entry: dict[str, Any]) -> SampleConf
     known = {item.name for item in dataclasses.fields(SampleConfig)} | {"name"}
     unknown = sorted(set(entry) - known)
     require(not unknown, f"sources: {', '.join(unknown)} of {entry} is no setting of tools/sample.py.")
-    shared = {"prompts": config.prompts, "images_per_prompt": config.images_per_prompt, "seed": config.seed}
+    shared = {
+        "prompts": config.prompts,
+        "images_per_prompt": config.images_per_prompt,
+        "seed": config.seed,
+        "latents": True,
+    }
     values = {"out": str(config.out_dir / "samples" / source_name(entry)), **shared}
     values |= {key: value for key, value in entry.items() if key != "name"}
     try:

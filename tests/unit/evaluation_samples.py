@@ -34,10 +34,6 @@ def write_samples(
         line = {"index": index, "prompt_index": index, "seed": 1000 + index, "prompt": prompt, "file": file}
         lines.append({**line, "width": image_chw.shape[2], "height": image_chw.shape[1], "latents": latents})
     (path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "images").mkdir()
-    for line, image in zip(lines, images_BCHW, strict=True):
-        pixels = image.permute(1, 2, 0).numpy()
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path / line["file"])
     meta = {
         "source": f"outputs/demo/{kind}",
         "kind": kind,

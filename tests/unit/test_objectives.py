@@ -12,7 +12,9 @@ from torch.testing import assert_close
 
 from piflow_dist.config import Config, DataConfig, DistillConfig, GuidanceConfig, ScheduleConfig, TrainConfig
 from piflow_dist.distill import objectives
+from piflow_dist.distill.diagnostics import StepMeter
 from piflow_dist.distill.objectives import TeacherVelocity
+from piflow_dist.tracking.gauges import PhaseClock
 
 # The teacher.
 
@@ -164,6 +166,7 @@ def test_an_image_gets_the_same_noise_whatever_the_split(tiny_data, monkeypatch)
             empty_LD=torch.zeros(1, 64),
             watchdog=UNWATCHED,
             straggler=StragglerProbe(torch.device("cpu"), every=10),
+            gauges=SimpleNamespace(meter=StepMeter(torch.device("cpu"), 0, 1.0), clock=PhaseClock(torch.device("cpu"))),
         )
         for run.state.step in range(3):
             losses.clear()
