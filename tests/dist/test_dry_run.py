@@ -179,8 +179,8 @@ def test_the_dry_run_holds_what_zero_holds(measured: dict[str, list], teacher: P
             found = measured[world][rank][name]
             held = {key: found[key] for key in HELD}
             assert held == {key: planned[key] for key in HELD}, (world, name, rank)
-            # A pass of a tied model does not read the other head, which is a good part of a tiny model.
+            # A pass of a tied model does not read the other head, nor a backward pass frozen embeddings: much of a tiny model.
             for phase, most in {"forward": "student_pass", "teacher": "teacher_pass", "backward": "student_pass"}.items():
                 # After a backward pass beside a second one it fetches what is trained and kept whole, too.
                 extra = found["padding"] + found["small and trained"]
-                assert 0.8 * planned[most] <= found[phase] <= planned[most] + extra, (name, phase, found)
+                assert 0.7 * planned[most] <= found[phase] <= planned[most] + extra, (name, phase, found)
