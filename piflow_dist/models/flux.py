@@ -239,6 +239,7 @@ class Flux(Transformer):
         text_BLD: Tensor,
         mask_BL: Tensor | None,
         guidance_B: Tensor | None = None,
+        *,
         adapted: bool = True,
     ) -> Tensor | dict[str, Tensor]:
         dtype, (H, W) = self.transformer_blocks[0].attn.norm_q.weight.dtype, x_BCHW.shape[-2:]

@@ -186,6 +186,7 @@ class QwenImage(Transformer):
         text_BLD: Tensor,
         mask_BL: Tensor | None,
         guidance_B: Tensor | None = None,
+        *,
         adapted: bool = True,
     ) -> Tensor | dict[str, Tensor]:
         dtype, (H, W) = self.txt_norm.weight.dtype, x_BCHW.shape[-2:]
