@@ -144,6 +144,7 @@ class DiT(Transformer):
         mask_BL: Tensor | None,
         guidance_B: Tensor | None = None,
         span_B: Tensor | None = None,
+        *,
         adapted: bool = True,
     ) -> Tensor | dict[str, Tensor]:
         dtype, (H, W) = self.emb.class_embedder.embedding_table.weight.dtype, x_BCHW.shape[-2:]

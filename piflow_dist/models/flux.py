@@ -250,6 +250,7 @@ class Flux(Transformer):
         mask_BL: Tensor | None,
         guidance_B: Tensor | None = None,
         span_B: Tensor | None = None,
+        *,
         adapted: bool = True,
     ) -> Tensor | dict[str, Tensor]:
         dtype, (H, W) = self.transformer_blocks[0].attn.norm_q.weight.dtype, x_BCHW.shape[-2:]

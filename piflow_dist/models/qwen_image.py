@@ -197,6 +197,7 @@ class QwenImage(Transformer):
         mask_BL: Tensor | None,
         guidance_B: Tensor | None = None,
         span_B: Tensor | None = None,
+        *,
         adapted: bool = True,
     ) -> Tensor | dict[str, Tensor]:
         dtype, (H, W) = self.txt_norm.weight.dtype, x_BCHW.shape[-2:]

@@ -42,7 +42,7 @@ class Published:
 
 
 class Transformer(nn.Module):
-    """forward(x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B=None, span_B=None, adapted=True) -> what the head returns.
+    """forward(x_BCHW, sigma_B, text_BLD, mask_BL, guidance_B=None, span_B=None, *, adapted=True) -> what the head returns.
 
     sigma is the noise level in [0, 1]; text is the prompt's embedding; mask is boolean over the padded text, or None;
     guidance is the scale, for models with guidance_embeds and only for these; span is the part of sigma that the step covers, for

@@ -125,6 +125,9 @@ def measure(config: Config, topology: Any) -> dict[str, int]:
         "ema": size(ema.averages),
         "gradients": size([model.optimizer.grad_partitions_flat_buffer]),
         **passes,
+        "small and trained": sum(
+            p.ds_numel * p.element_size() for p in model.engine.module.parameters() if p.requires_grad and p.ds_persist
+        ),
         "padding": sum((-p.ds_numel % topology.dp_size) * p.element_size() for p in model.engine.module.parameters()),
     }
 
@@ -176,8 +179,8 @@ def test_the_dry_run_holds_what_zero_holds(measured: dict[str, list], teacher: P
             found = measured[world][rank][name]
             held = {key: found[key] for key in HELD}
             assert held == {key: planned[key] for key in HELD}, (world, name, rank)
-            # A pass of a tied model does not read the other head, which is a good part of a tiny model.
+            # A pass of a tied model does not read the other head, nor a backward pass frozen embeddings: much of a tiny model.
             for phase, most in {"forward": "student_pass", "teacher": "teacher_pass", "backward": "student_pass"}.items():
-                # In FLUX's DeepSpeed fetches a hundredth more between passes.
-                most_bytes = planned[most] * (1.02 if name == "flux" else 1) + found["padding"]
-                assert 0.8 * planned[most] <= found[phase] <= most_bytes, (name, phase, found)
+                # After a backward pass beside a second one it fetches what is trained and kept whole, too.
+                extra = found["padding"] + found["small and trained"]
+                assert 0.7 * planned[most] <= found[phase] <= planned[most] + extra, (name, phase, found)

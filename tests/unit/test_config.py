@@ -233,3 +233,40 @@ def test_help_lists_every_key_with_its_meaning() -> None:
     assert "  distill.guidance.scale=4.0\n" in said and "  run_dir=(needed)\n" in said
     assert "  checkpoint.every=500\n      Steps between checkpoints" in said
     assert "  experiment=demo_datafree|" in list_choices(Config)
+
+
+def test_the_published_values_of_flux_and_imagenet() -> None:
+    """LakonLab's configurations of FLUX.1-dev and of ImageNet students of REPA."""
+    for name in ("flux_gmm", "flux_dx", "flux_gmm_datafree"):
+        config = load_config([f"experiment={name}"])
+        distill = config.distill
+        assert (config.model.num_layers, config.model.num_single_layers, config.model.guidance_embeds) == (19, 38, True)
+        assert (distill.num_intermediate_states, distill.num_decay_iters, distill.guidance.scale) == (4, 2000, 3.5)
+        assert (config.mode, config.lora.rank, config.lora.dropout, config.train.steps) == ("tied", 256, 0.05, 3000)
+        assert config.policy.type == ("dx" if name == "flux_dx" else "gmflow")
+    for nfe, scale, steps in ((1, 3.2, 140_000), (2, 2.8, 24_000)):
+        config = load_config([f"experiment=imagenet_gmm_{nfe}nfe"])
+        distill, optim = config.distill, config.optim
+        assert (distill.nfe, distill.guidance.scale, list(distill.guidance.interval)) == (nfe, scale, [0, 0.7])
+        assert (distill.window_substeps, distill.component_dropout, distill.loss_scale) == (0, 0.05, 3)
+        assert (config.mode, config.policy.num_components, config.schedule.shift) == ("full", 32, 1)
+        assert (optim.lr, config.train.batch_size, config.train.steps) == (5e-5, 4096, steps)
+        assert config.train.accumulation(8) == (1, 512)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model=flux_tiny", "model.num_single_layers=0"), "model.num_single_layers=0"),
+        (("model=flux_tiny", "model.pooled_projection_dim=65"), "model.joint_attention_dim=64"),
+        (("model=flux_tiny", "model.axes_dims_rope=[4,6,8]"), "sums to 18"),
+        (("model=dit_tiny", "model.axes_dims_rope=[4,6,6]"), "model.axes_dims_rope=[]"),
+        (("model=dit_tiny", "model.guidance_embeds=true"), "model.guidance_embeds=true"),
+        (("model=dit_tiny", "model.time_scale=0"), "model.time_scale=0"),
+        (("model.architecture=unet",), "Choose one of: qwen_image, flux, dit"),
+    ],
+)
+def test_shapes_that_an_architecture_cannot_have(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config([*STUDENT, *overrides])
+    assert message in str(error.value)
