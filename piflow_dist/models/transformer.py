@@ -110,7 +110,7 @@ class Transformer(nn.Module):
             return self.teacher_norm_out, self.teacher_head
         return self.norm_out, self.head
 
-    def blocks(self) -> list[nn.Module]:
+    def all_blocks(self) -> list[nn.Module]:
         """In the order in which they are computed."""
         return [module for module in self.modules() if isinstance(module, self.leaf_modules)]
 

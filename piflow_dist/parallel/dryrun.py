@@ -140,7 +140,7 @@ def rank_bytes(config: Config, models: Models, topology: Topology) -> RankBytes:
     others = [p for p in trained.values() if id(p) not in chosen]
     count, matrices_count = shards(list(trained.values())), shards(matrices)
     moments = {"adamw": 8, "muon": 8, "sgd": 4 if config.optim.momentum else 0}[config.optim.type]
-    blocks = models.trained.blocks()
+    blocks = models.trained.all_blocks()
     return RankBytes(
         weights=size * shards(everything),
         kept_whole=size * sum(p.numel() for p in everything if p.numel() <= parallel.persistence_threshold) * (dp > 1),
