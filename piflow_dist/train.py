@@ -344,7 +344,8 @@ def train(run: Run, tracker: Tracker | None) -> bool:
     """
     config, state, watchdog = run.config, run.state, run.watchdog
     line = StepLine()
-    title, stop, lines = Path(config.run_dir).name, False, Path(config.run_dir) / "logs" / "progress.log"
+    title, stop = Path(config.run_dir).name, False
+    lines = Path(config.run_dir) / "logs" / "progress.log" if tracker is not None else None
     figures = evaluate(run, tracker) if run.evaluation.is_owed(state.step) else {}
     with StepProgress(title, config.train.steps, state.step, config.tracking.log_every * 5, lines) as progress:
         while state.step < config.train.steps and not stop:

@@ -48,6 +48,7 @@ class StepProgress:
 
     def __enter__(self) -> "StepProgress":
         if self.lines is not None:
+            self.lines.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.lines, "a", buffering=1)  # noqa: SIM115  (__exit__ closes it)
         if console.is_terminal and not is_slurm_task():
             self.bar = Progress(

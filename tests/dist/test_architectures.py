@@ -19,16 +19,15 @@ from test_zero import ADAMW, CLIPPED, COMMON, SAVED_AT, SGD, Course, train_steps
 from torch import Tensor
 from torch.testing import assert_close
 
+from data_pipeline import class_labels
 from data_pipeline.synthetic import write_random_set
+from images import sample_here
 from piflow_dist.checkpoint.export import ExportConfig, export
 from piflow_dist.checkpoint.files import newest_complete
 from piflow_dist.config import Config, load_config
 from piflow_dist.models.adapters import open_student, student_config
 from piflow_dist.models.pretrained import load_model
-from piflow_dist.sampling.sampler import Sampler
 from piflow_dist.sampling.settings import SampleConfig, build_request
-
-class_labels = pytest.importorskip("data_pipeline.class_labels")
 
 PROMPTS = ("a red square", "a blue disc", "one green ring")  # of one length: FLUX's prompts have no mask
 CLASSES = tuple(f"class {i}" for i in range(10))
@@ -147,7 +146,7 @@ def test_every_adapter_learns(outcomes: dict[str, list]) -> None:
 
 def latents(source: Path, **options: Any) -> Tensor:
     request = build_request(SampleConfig(source=str(source), out="nowhere", seed=3, **options))
-    return Sampler(request, torch.device("cpu")).sample(range(len(request.prompts)))
+    return sample_here(request)[1]
 
 
 @pytest.mark.parametrize(

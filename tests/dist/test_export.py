@@ -22,6 +22,7 @@ from test_zero import ADAMW, MIXED, TIED, Course, keep_weights, make_config
 from torch import Tensor
 from torch.testing import assert_close
 
+from images import sample_here
 from piflow_dist.checkpoint.catalog import remove
 from piflow_dist.checkpoint.export import ExportConfig, export
 from piflow_dist.checkpoint.files import CheckpointError, newest_complete, read_json
@@ -98,14 +99,7 @@ def latents(source: Path, **options: Any) -> Tensor:
     # h: every part of a student's sampler has a say in the images.
     own = {"steps": 4} if "teacher" in source.name or source.name == "uninterrupted" else {"h": "0.5"}
     request = build_request(SampleConfig(source=str(source), out="nowhere", seed=3, **own, **options))
-    device, made = torch.device("cpu"), {}
-    with tempfile.TemporaryDirectory() as folder:
-        cache = EmbeddingCache(Path(folder), request.dataset.prompt_encoder)
-        assert cache.encode([*request.dataset.prompts, ""], device) == {}
-        sampler = Sampler(request, load_network(request, Topology(0, 1, 0, device)), cache, device)
-        for piece in sampler.pieces(request.images):
-            made |= zip(piece, sampler.sample(piece), strict=True)
-    return torch.stack([made[image] for image in request.images])
+    return sample_here(request)[1]
 
 
 @pytest.mark.parametrize("name", ["tied", "tied-dx"])

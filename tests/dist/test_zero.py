@@ -449,23 +449,25 @@ def test_a_meanflow_student_is_sampled_at_any_number_of_steps(
 ) -> None:
     """tools/sample.py's sampler against the mean velocities by hand; an export is refused."""
     from piflow_dist.checkpoint.export import ExportConfig, export
-    from piflow_dist.sampling.sampler import Sampler
+    from data_pipeline.prompts import load_prompt_encoder
+    from images import sample_here
     from piflow_dist.sampling.settings import build_request
 
     run = out / "tied-meanflow"
     for nfe, sigmas in ((1, [1.0, 0.0]), (3, [1.0, 0.6, 0.2, 0.0])):  # the last step is half as long
         options = [f"source={run}", f"out={tmp_path / str(nfe)}", f"nfe={nfe}", "launch.device=cpu"]
-        sampler = Sampler(build_request(load_config(options, SampleConfig, "sample")), torch.device("cpu"))
-        found = sampler.sample(range(2))
-        request = sampler.request
+        request = build_request(load_config(options, SampleConfig, "sample"))
+        texts_of = dict(zip(request.dataset.prompts, load_prompt_encoder(request.dataset.prompt_encoder).encode(list(request.dataset.prompts)), strict=True))
+        sampler, latents = sample_here(request)
+        images, found = sampler.request.images[:2], latents[:2]
         x = torch.stack(
-            [torch.randn(found[0].shape, generator=torch.Generator().manual_seed(request.image_seed(i))) for i in range(2)]
+            [torch.randn(found[0].shape, generator=torch.Generator().manual_seed(image.noise_seed)) for image in images]
         )
-        texts = [sampler.embeddings[request.prompts[i]] for i in range(2)]
+        texts = [texts_of[image.prompt] for image in images]
         for sigma, after in itertools.pairwise(sigmas):
             spans = torch.tensor([sigma]), None, torch.tensor([sigma - after])
             mean = [
-                sampler.model(x[i : i + 1], spans[0], texts[i][None], torch.ones(1, len(texts[i])).bool(), *spans[1:])["mean"]
+                sampler.network(x[i : i + 1], spans[0], texts[i][None], torch.ones(1, len(texts[i])).bool(), *spans[1:])["mean"]
                 for i in range(2)
             ]
             x = x - (sigma - after) * torch.cat(mean)
