@@ -231,6 +231,7 @@ def train_without_engine(config: Config) -> Course:
         topology=SimpleNamespace(device=torch.device("cpu")),
         empty_LD=load_prompt_encoder(description.prompt_encoder).encode([""])[0],
         state=SimpleNamespace(step=0),
+        gauges=SimpleNamespace(meter=None),
     )
     course = Course()
     for step in range(STEPS):

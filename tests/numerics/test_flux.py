@@ -47,8 +47,13 @@ def run_theirs(theirs: FluxTransformer2DModel, x, sigma, text, guidance) -> torc
 @pytest.mark.parametrize(
     ("dtype", "guided", "size", "tolerance"),
     [
-        (torch.float64, True, (8, 8), 1e-5),  # the published sinusoids are float32 whatever the rest is
-        (torch.float64, False, (6, 10), 1e-5),
+        (
+            torch.float64,
+            True,
+            (8, 8),
+            1e-4,
+        ),  # the published sinusoids of 1000 times the scale are float32 whatever the rest is
+        (torch.float64, False, (6, 10), 1e-4),
         (torch.bfloat16, True, (4, 14), 0.03),  # one bf16 operation rounds to 0.4 %
     ],
 )
