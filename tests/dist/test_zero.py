@@ -104,7 +104,7 @@ def train_rank(rank: int, world_size: int, data: Path, teacher: Path, out: Path)
 
     topology = Topology(rank, world_size, rank, torch.device("cpu"))
     outcome = Outcome()
-    for name, options in (SCENARIOS | {ROUNDED: ROUNDED_OPTIONS}).items():
+    for name, options in ({ROUNDED: ROUNDED_OPTIONS} | SCENARIOS).items():
         config = make_config(options, data, teacher, out / name)
         if world_size == 2:
             outcome.trained[name] = train_steps(config, topology, save=name in SAVED)

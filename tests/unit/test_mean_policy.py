@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from piflow_dist.config import LoraConfig, ModelConfig, PolicyConfig
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.flow.solvers import policy_sample
-from piflow_dist.models.qwen_image import build_student, build_teacher, plan_tied
+from piflow_dist.models.architecture import build_student, build_teacher, plan_tied
 from piflow_dist.models.weights import TensorWeights, fill
 from piflow_dist.policies import MeanPolicy, rollout
 
