@@ -1,0 +1,26 @@
+"""What every check of a configuration says, and how."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the value, the reason and the option to change."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{option}={value} is not known. Choose one of: {', '.join(choices)}.")
+
+
+def require_positive(prefix: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0 and math.isfinite(value), f"{prefix}.{name}={value} must be a number greater than zero.")
