@@ -69,7 +69,7 @@ def test_a_student_starts_as_its_teacher_and_then_heeds_the_length() -> None:
     student, want = build_student(teacher, MODEL, PolicyConfig(type="mean"), seed=0), teacher(*inputs())
     for span in (torch.zeros(3), torch.tensor([1.0, 0.6, 0.1])):
         assert_close(student(*inputs(), None, span)["mean"], want)
-    student.time_text_embed.span_embedder.linear_2.weight.copy_(normal(32, 32, seed=6))
+    student.span_embedder.linear_2.weight.copy_(normal(32, 32, seed=6))
     short, long = (student(*inputs(), None, torch.full((3,), span))["mean"] for span in (0.0, 0.2))
     assert (short - long).abs().max() > 1e-3
 
@@ -79,7 +79,7 @@ def test_a_student_starts_as_its_teacher_and_then_heeds_the_length() -> None:
     assert_close(tied.eval()(*inputs(), None, torch.full((3,), 0.1))["mean"], want)
     assert_close(tied(*inputs(), adapted=False), want)
     trained = {name.split(".lora_")[0] for name, p in tied.named_parameters() if p.requires_grad}
-    assert {f"time_text_embed.span_embedder.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")} < trained
+    assert {f"span_embedder.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")} < trained
     for model, span, said in ((student, None, "span_B is missing"), (teacher, torch.zeros(3), "span_B is given")):
         with pytest.raises(ValueError, match=said):
             model(*inputs(), None, span)
