@@ -24,7 +24,8 @@ LOCK = ".lock"
 """Of a run folder."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 BRIEF = 10.0
-"""Seconds for jobs that hold the lock while they look into the file."""
+"""Seconds for jobs that hold the lock while they look into the file, and for what a killed launcher leaves: its forked processes hold
+the lock too, and a thread that writes to the disk ends when it has written."""
 
 
 @contextmanager
@@ -157,7 +158,7 @@ def acquire(handle: int, option: str) -> None:
             return
         except BlockingIOError as error:
             holder = read(handle)
-            if holder.startswith("process ") or time.monotonic() > deadline:
+            if is_alive(holder) or time.monotonic() > deadline:
                 raise ConfigError(
                     f"{option} is in use by {holder or 'another process'}. Wait for it, or choose another folder."
                 ) from error
@@ -166,6 +167,20 @@ def acquire(handle: int, option: str) -> None:
                 raise
             return
         time.sleep(0.1)
+
+
+def is_alive(holder: str) -> bool:
+    """Whether the file names a process that runs, as far as can be told from this machine."""
+    found = re.fullmatch(r"process (\d+) on (\S+)", holder)
+    if found is None or found.group(2) != os.uname().nodename:
+        return found is not None
+    try:
+        os.kill(int(found.group(1)), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def read(handle: int) -> str:

@@ -148,9 +148,9 @@ def test_samples_of_other_noises_are_refused(inputs: Path, tmp_path: Path) -> No
     other = write_samples(tmp_path / "other", torch.zeros(IMAGES, 1, 8, 8, dtype=torch.uint8), ["another"] * IMAGES)
     with pytest.raises(EvaluationError, match="Sample 0 of .*other has seed 1000 and prompt 'another'"):
         compare(settings(inputs, samples=[str(other)]), Share())
-    (inputs / "few" / "images" / "00003.png").rename(tmp_path / "kept.png")
+    (inputs / "few" / "images" / "00003_1003.png").rename(tmp_path / "kept.png")
     try:
         done = run_tool("evaluate", f"samples={inputs / 'few'}", f"out={tmp_path / 'out'}")
     finally:
-        (tmp_path / "kept.png").rename(inputs / "few" / "images" / "00003.png")
-    assert done.returncode == 2 and "00003.png is missing, and the manifest lists it" in done.stdout
+        (tmp_path / "kept.png").rename(inputs / "few" / "images" / "00003_1003.png")
+    assert done.returncode == 2 and "00003_1003.png is missing, and the manifest lists it" in done.stdout

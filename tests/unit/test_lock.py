@@ -33,6 +33,19 @@ def test_a_second_user_is_told_of_the_first_and_a_killed_one_holds_nothing(tmp_p
     assert lock.read_text() == ""
 
 
+def test_what_a_killed_launcher_leaves_is_waited_for(tmp_path: Path) -> None:
+    """Its forked processes hold the lock until the last of their threads has ended."""
+    child = "import os, time\nif os.fork() == 0: time.sleep(1); os._exit(0)\n"
+    hold = HOLD.replace("print('held'", "exec(sys.argv[2]); print('held'")
+    command = [sys.executable, "-c", hold, str(tmp_path / ".lock"), child]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        first.kill()
+        first.wait()
+        with only_user(tmp_path / ".lock", "run_dir=run"):
+            pass
+
+
 def test_an_error_inside_gives_the_folder_back(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="inside"), only_user(tmp_path / ".lock", "x"):
         raise ValueError("inside")
