@@ -3,6 +3,7 @@
 B batch  C latent channels  H W latent size  c image channels  h w image size  n block edge
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from data_pipeline.compat import repair_torchvision
 
+SAMPLED_BLOCKS, BLOCK_BYTES = 16, 1 << 16
 PIXELS_AT_ONCE = 4 << 20
 """Of one pass through the VAE, whose first layers keep hundreds of numbers a pixel: 4 images of 1024 x 1024."""
 
@@ -102,7 +104,7 @@ class QwenImageCodec:
         repair_torchvision()
         from diffusers import AutoencoderKLQwenImage
 
-        self._path, self._dtype = str(path), dtype
+        self._path, self._dtype, self._weights = str(path), dtype, vae_fingerprint(folder)
         vae = AutoencoderKLQwenImage.from_pretrained(
             folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
@@ -130,7 +132,8 @@ class QwenImageCodec:
         return self._vae.decode(raw_BCHW.to(self._dtype).unsqueeze(2)).sample.squeeze(2).float().clamp(-1, 1)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "qwen_image_vae", "path": self._path, "dtype": str(self._dtype).removeprefix("torch.")}
+        dtype = str(self._dtype).removeprefix("torch.")
+        return {"kind": "qwen_image_vae", "path": self._path, "dtype": dtype, "weights": self._weights}
 
 
 class AutoencoderKLCodec:
@@ -153,7 +156,7 @@ class AutoencoderKLCodec:
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
         if kind != "AutoencoderKL":
             raise ValueError(f"{folder} holds a {kind}, not an AutoencoderKL. Choose the codec made for it.")
-        self._path, self._dtype = str(path), dtype
+        self._path, self._dtype, self._weights = str(path), dtype, vae_fingerprint(folder)
         vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
         if vae.config.latents_mean is not None or vae.config.latents_std is not None:
             raise ValueError(f"{folder} normalises channel by channel (latents_mean), which this codec does not.")
@@ -180,7 +183,8 @@ class AutoencoderKLCodec:
         return self._vae.decode(raw_BCHW.to(self._dtype)).sample.float().clamp(-1, 1)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "autoencoder_kl", "path": self._path, "dtype": str(self._dtype).removeprefix("torch.")}
+        dtype = str(self._dtype).removeprefix("torch.")
+        return {"kind": "autoencoder_kl", "path": self._path, "dtype": dtype, "weights": self._weights}
 
 
 def tile_where_large(vae: Any, pixels: int) -> None:
@@ -194,19 +198,42 @@ def tile_where_large(vae: Any, pixels: int) -> None:
         vae.disable_tiling()
 
 
+def vae_fingerprint(folder: Path) -> str:
+    """Of a VAE's weights, wherever they lie: sizes and sampled contents of its safetensors files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name},{size}".encode())
+        with open(path, "rb") as file:
+            for block in range(SAMPLED_BLOCKS):
+                file.seek(block * max(0, size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
 def load_codec(description: Mapping[str, Any], device: str | torch.device = "cpu") -> Codec:
-    """Build the codec that `describe()` described, for example the "codec" entry of a dataset.json."""
+    """Build the codec that `describe()` described, for example the "codec" entry of a dataset.json.
+
+    Raises ValueError where the VAE at its path is not the one that was described.
+    """
     match description.get("kind"):
         case "block_dct":
             return BlockCodec(description["image_channels"], description["block"], description["scale"])
         case "qwen_image_vae":
-            return QwenImageCodec(description["path"], getattr(torch, description["dtype"]), device)
+            codec = QwenImageCodec(description["path"], getattr(torch, description["dtype"]), device)
         case "autoencoder_kl":
-            return AutoencoderKLCodec(description["path"], getattr(torch, description["dtype"]), device)
+            codec = AutoencoderKLCodec(description["path"], getattr(torch, description["dtype"]), device)
         case kind:
             raise ValueError(
                 f'Unknown codec kind {kind!r}. Known kinds: "block_dct", "qwen_image_vae", "autoencoder_kl".'
             )
+    found, wanted = codec.describe()["weights"], description.get("weights")  # sets of earlier versions do not say
+    if wanted not in (None, found):
+        raise ValueError(
+            f"The VAE in {description['path']} (fingerprint {found[:12]}) is not the one that made these latents "
+            f"({wanted[:12]}). Put that one back in its place."
+        )
+    return codec
 
 
 def _cosine_basis(n: int) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from data_pipeline.codec import vae_fingerprint
 from data_pipeline.description import load_description
 from piflow_dist.checkpoint.files import STATE, read_json
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
@@ -92,6 +93,7 @@ def check_teacher(config: Config) -> None:
         not different,
         f"distill.teacher={source} has {', '.join(different)}, this run {', '.join(str(ours) for ours, _ in changed.values())}. Choose the same model group.",
     )
+    check_vae(config)
     try:
         if folder is not None:
             check_fits(plan_model(model), DiffusersWeights(folder, model))
@@ -100,6 +102,25 @@ def check_teacher(config: Config) -> None:
         raise
     except ValueError as error:
         raise ConfigError(f"distill.teacher={source}: {error}") from error
+
+
+def check_vae(config: Config) -> None:
+    """A teacher that is a whole pipeline has a VAE of its own: the data's latents have to be that one's."""
+    own = Path(config.distill.teacher) / "vae"
+    if not (own / "config.json").is_file():
+        return
+    used = load_description(config.data.root).codec
+    require(
+        "path" in used,
+        f"data.root={config.data.root} was made with codec={used['kind']}, distill.teacher={config.distill.teacher} has a VAE. "
+        "Prepare the data with it.",
+    )
+    found = vae_fingerprint(own)
+    require(
+        used.get("weights") in (None, found),  # sets of earlier versions do not say
+        f"data.root={config.data.root} holds latents of another VAE (fingerprint {str(used.get('weights'))[:12]}) than that of "
+        f"distill.teacher={config.distill.teacher} ({found[:12]}). Prepare the data with the teacher's.",
+    )
 
 
 def check_initial(config: Config) -> None:

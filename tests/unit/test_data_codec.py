@@ -101,6 +101,27 @@ def test_qwen_codec_normalises_as_diffusers_does(tiny_vae_folder: str) -> None:
     assert torch.equal(again.encode(images_Bchw), latents_BCHW)
 
 
+def test_another_vae_in_the_same_place_is_refused(tiny_vae_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the sampler's load, and before training where the teacher is a pipeline with a VAE of its own."""
+    from types import SimpleNamespace
+
+    from piflow_dist.config import ConfigError
+    from piflow_dist.launch import preflight
+
+    made_by = QwenImageCodec(tiny_vae_folder).describe()
+    other = {**made_by, "weights": "0" * 64}
+    with pytest.raises(ValueError, match="is not the one that made these latents .000000000000."):
+        load_codec(other)
+    config = SimpleNamespace(distill=SimpleNamespace(teacher=tiny_vae_folder), data=SimpleNamespace(root="set"))
+    for codec, said in ((made_by, None), (other, "holds latents of another VAE"), ({"kind": "block_dct"}, "has a VAE")):
+        monkeypatch.setattr(preflight, "load_description", lambda root, codec=codec: SimpleNamespace(codec=codec))
+        if said is None:
+            preflight.check_vae(config)
+        else:
+            with pytest.raises(ConfigError, match=said):
+                preflight.check_vae(config)
+
+
 def test_qwen_codec_without_weights(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No VAE in .*config.json is missing"):
         QwenImageCodec(tmp_path)

@@ -15,7 +15,7 @@ from tiny_qwen import write_tiny_text_encoder, write_tiny_vae
 from torch.testing import assert_close
 
 from data_pipeline.buckets import crop_box
-from data_pipeline.codec import QwenImageCodec
+from data_pipeline.codec import QwenImageCodec, vae_fingerprint
 from data_pipeline.decode import CropDecoder
 from data_pipeline.description import load_description
 from data_pipeline.inspection import rows, verify
@@ -163,6 +163,7 @@ def test_qwen_images_own_encoders(photos: Path, tmp_path: Path) -> None:
         "kind": "qwen_image_vae",
         "path": str(folder),
         "dtype": "float32",
+        "weights": vae_fingerprint(folder / "vae"),
     }
     assert description.prompt_dim == 32
     codec, encoder, decoder = QwenImageCodec(folder), QwenPromptEncoder(folder), CropDecoder(3)
