@@ -111,10 +111,12 @@ def sample(overrides: list[str]) -> None:
 
 def gather_images(arguments: list[str]) -> int:
     from piflow_dist.launch.local import WorkerFailed
-    from piflow_dist.sampling.run import finish
+    from piflow_dist.sampling.gather import check_unchanged
+    from piflow_dist.sampling.run import SETTINGS, finish
     from piflow_dist.sampling.settings import SampleConfig, build_request
 
-    request = build_request(read_config(Path(arguments[0]) / "settings.yaml", SampleConfig))
+    request = build_request(read_config(Path(arguments[0]) / SETTINGS, SampleConfig))
+    check_unchanged(request)
     try:
         finish(request)
     except WorkerFailed as error:

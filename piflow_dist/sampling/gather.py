@@ -50,6 +50,17 @@ def prepare_folder(request: SampleRequest) -> bool:
     return False
 
 
+def check_unchanged(request: SampleRequest) -> None:
+    """Raise ConfigError where what was read later is not what the folder was prepared for: images would go under wrong prompts."""
+    found = json.loads((request.out / REQUEST).read_text())
+    changed = [key for key, value in request.identity().items() if found.get(key) != value]
+    if changed:
+        raise ConfigError(
+            f"out={request.out}: {', '.join(changed)} changed since the folder was prepared. Put back what was changed, or "
+            "start the command again."
+        )
+
+
 def gather(request: SampleRequest) -> str:
     """Write manifest.jsonl, contact_sheet.png, failures.jsonl where images failed and, last, meta.json.
 

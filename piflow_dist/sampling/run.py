@@ -1,15 +1,18 @@
 """Sampling as one call: what tools/sample.py does, for other code that wants a folder of images."""
 
 import dataclasses
+import json
+from itertools import groupby
 from pathlib import Path
 
+from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import save_config
 from piflow_dist.launch.local import WorkerFailed, run_workers
 from piflow_dist.launch.lock import only_user
 from piflow_dist.sampling.gather import gather, prepare_folder
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request
 
-SETTINGS = "settings.yaml"
+SETTINGS, PROMPTS = "settings.yaml", "prompts.jsonl"
 
 
 def sample(config: SampleConfig) -> Path:
@@ -32,9 +35,17 @@ def sample(config: SampleConfig) -> Path:
 
 
 def write_settings(request: SampleRequest) -> Path:
-    """For the processes; the checkpoint is named, as a training beside may save a newer one meanwhile."""
-    path = request.out / SETTINGS
-    save_config(dataclasses.replace(request.config, source=str(request.checkpoint)), path)
+    """For the processes. The checkpoint is named and the prompts are copied: a training beside may save a newer one
+    meanwhile, and somebody may edit the file."""
+    path, prompts = request.out / SETTINGS, request.out / PROMPTS
+    lines = []
+    for _, same in groupby(request.images, key=lambda image: image.prompt_index):
+        images = list(same)
+        first, seeds = images[0], [image.seed for image in images]
+        line = {"prompt": first.prompt, "seeds": seeds, "height": first.height, "width": first.width}
+        lines.append(json.dumps(line) + "\n")
+    write_atomic(prompts, "".join(lines))
+    save_config(dataclasses.replace(request.config, source=str(request.checkpoint), prompts=str(prompts)), path)
     return path
 
 

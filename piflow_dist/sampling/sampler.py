@@ -29,6 +29,7 @@ from piflow_dist.parallel.topology import Topology
 from piflow_dist.sampling.control import Control, start_ranks
 from piflow_dist.sampling.embeddings import EmbeddingCache
 from piflow_dist.sampling.failures import FailureLog
+from piflow_dist.sampling.gather import check_unchanged
 from piflow_dist.sampling.images import ImageRequest, save_image, to_uint8
 from piflow_dist.sampling.network import load_network
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request, downscale
@@ -223,7 +224,9 @@ def main() -> None:
     config = read_config(Path(sys.argv[1]), SampleConfig)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     topology, control = start_ranks(config)
-    run(build_request(config), topology, control)
+    request = build_request(config)
+    check_unchanged(request)
+    run(request, topology, control)
     control.close()
 
 
