@@ -121,22 +121,21 @@ def write_contact_sheet(out: Path, made: list[ImageRequest]) -> None:
 
 
 def seconds_of(path: Path) -> float:
-    """An image's share of the time in which it was sampled; kept in the image, so that it outlives a killed process."""
+    """An image's share of the time in which it and others, of all processes, were sampled; kept in the image, so that it
+    outlives a killed process, and holds whatever number of processes makes the rest."""
     with Image.open(path) as picture:
         return float(picture.info["seconds"])
 
 
 def describe(request: SampleRequest, made: list[ImageRequest], failed: int) -> dict:
     config = request.config
-    workers = config.launch.processes // config.parallel.tp
     meta = {
         "source": str(request.checkpoint),
         **request.settings(),
         "images": len(made),
         "failed": failed,
         "network_evaluations": request.evaluations,
-        # Images are made side by side; this is the time they would have taken one after the other, shared out.
-        "seconds": sum(seconds_of(request.out / image.file) for image in made) / workers,
+        "seconds": sum(seconds_of(request.out / image.file) for image in made),
         "processes": config.launch.processes,
         "tp": config.parallel.tp,
         "dataset": request.run.data.root,
