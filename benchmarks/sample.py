@@ -78,7 +78,10 @@ class RandomEmbeddings:
 
     def read(self, prompt: str) -> Tensor:
         generator = torch.Generator().manual_seed(len(prompt))
-        return torch.randn(self.lengths[prompt != ""], self.width, generator=generator)
+        return torch.randn(self.length(prompt), self.width, generator=generator)
+
+    def length(self, prompt: str) -> int:
+        return self.lengths[prompt != ""]
 
 
 class Contestant:

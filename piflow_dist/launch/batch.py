@@ -90,8 +90,8 @@ def after(arguments: list[str]) -> int:
 
 def sample(overrides: list[str]) -> None:
     from piflow_dist.sampling.gather import prepare_folder
-    from piflow_dist.sampling.run import write_settings
-    from piflow_dist.sampling.settings import SampleConfig, build_request
+    from piflow_dist.sampling.run import lock_of, open_request, write_settings
+    from piflow_dist.sampling.settings import SampleConfig
 
     config = load_config(with_tasks(overrides), SampleConfig, "sample")
     tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_JOB_NUM_NODES"])
@@ -100,8 +100,10 @@ def sample(overrides: list[str]) -> None:
         f"parallel.tp={config.parallel.tp} does not divide the tasks of a node ({tasks} on {nodes} nodes): a group would span "
         "two nodes. Choose a divisor of --ntasks-per-node.",
     )
-    request = build_request(config)
+    request = open_request(config)
+    claim(lock_of(request.out), f"out={request.out}")
     if prepare_folder(request):
+        release(lock_of(request.out))
         tell(f"{config.out}: all {len(request.images)} images are there.")
         return
     (Path(config.out) / "logs").mkdir(exist_ok=True)
@@ -111,15 +113,19 @@ def sample(overrides: list[str]) -> None:
 
 def gather_images(arguments: list[str]) -> int:
     from piflow_dist.launch.local import WorkerFailed
-    from piflow_dist.sampling.run import finish
+    from piflow_dist.sampling.gather import check_unchanged
+    from piflow_dist.sampling.run import SETTINGS, finish, lock_of
     from piflow_dist.sampling.settings import SampleConfig, build_request
 
-    request = build_request(read_config(Path(arguments[0]) / "settings.yaml", SampleConfig))
+    request = build_request(read_config(Path(arguments[0]) / SETTINGS, SampleConfig))
+    check_unchanged(request)
     try:
         finish(request)
     except WorkerFailed as error:
         tell(f"error: {error}")
         return FAILED
+    finally:
+        release(lock_of(request.out))
     tell(f"{arguments[0]}: {len(request.images)} images.")
     return 0
 
@@ -136,6 +142,7 @@ def evaluate(overrides: list[str]) -> None:
     )
     for path in config.samples:
         open_samples(path)
+    claim(config.out_dir / LOCK, f"out={config.out_dir}")
     print(prepare(config))
 
 
@@ -143,7 +150,11 @@ def report(arguments: list[str]) -> None:
     from piflow_dist.evaluation.run import finish
     from piflow_dist.evaluation.settings import EvaluateConfig
 
-    _, paths = finish(read_config(Path(arguments[0]), EvaluateConfig))
+    config = read_config(Path(arguments[0]), EvaluateConfig)
+    try:
+        _, paths = finish(config)
+    finally:
+        release(config.out_dir / LOCK)
     tell("Only statistics were asked for." if paths is None else f"Report: {paths.html}")
 
 

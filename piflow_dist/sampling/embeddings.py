@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,6 +37,11 @@ class EmbeddingCache:
             return load_file(self.path(prompt))["embedding"].float()
         except (OSError, SafetensorError, KeyError):
             return None
+
+    def length(self, prompt: str) -> int:
+        """L of an embedding that is there, from the file's header alone."""
+        with safe_open(self.path(prompt), framework="pt") as file:
+            return file.get_slice("embedding").get_shape()[0]
 
     def encode(self, prompts: list[str], device: torch.device) -> dict[str, str]:
         """Encode the prompts that are not there yet. Returns the reason for each that cannot be."""

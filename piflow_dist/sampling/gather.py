@@ -50,6 +50,17 @@ def prepare_folder(request: SampleRequest) -> bool:
     return False
 
 
+def check_unchanged(request: SampleRequest) -> None:
+    """Raise ConfigError where what was read later is not what the folder was prepared for: images would go under wrong prompts."""
+    found = json.loads((request.out / REQUEST).read_text())
+    changed = [key for key, value in request.identity().items() if found.get(key) != value]
+    if changed:
+        raise ConfigError(
+            f"out={request.out}: {', '.join(changed)} changed since the folder was prepared. Put back what was changed, or "
+            "start the command again."
+        )
+
+
 def gather(request: SampleRequest) -> str:
     """Write manifest.jsonl, contact_sheet.png, failures.jsonl where images failed and, last, meta.json.
 
@@ -110,22 +121,21 @@ def write_contact_sheet(out: Path, made: list[ImageRequest]) -> None:
 
 
 def seconds_of(path: Path) -> float:
-    """An image's share of the time in which it was sampled; kept in the image, so that it outlives a killed process."""
+    """An image's share of the time in which it and others, of all processes, were sampled; kept in the image, so that it
+    outlives a killed process, and holds whatever number of processes makes the rest."""
     with Image.open(path) as picture:
         return float(picture.info["seconds"])
 
 
 def describe(request: SampleRequest, made: list[ImageRequest], failed: int) -> dict:
     config = request.config
-    workers = config.launch.processes // config.parallel.tp
     meta = {
         "source": str(request.checkpoint),
         **request.settings(),
         "images": len(made),
         "failed": failed,
         "network_evaluations": request.evaluations,
-        # Images are made side by side; this is the time they would have taken one after the other, shared out.
-        "seconds": sum(seconds_of(request.out / image.file) for image in made) / workers,
+        "seconds": sum(seconds_of(request.out / image.file) for image in made),
         "processes": config.launch.processes,
         "tp": config.parallel.tp,
         "dataset": request.run.data.root,

@@ -71,7 +71,8 @@ def is_png(path: Path) -> bool:
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """Lines of a text file as {"prompt": ...}, or of a .jsonl file as they are: prompt, seed or seeds, height and width."""
     require(path.is_file(), f"prompts={path} does not exist. Give a text file, one prompt a line, or .jsonl.")
-    lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+    # Not splitlines(): a prompt may hold U+2028 and the like, which it takes for ends of lines.
+    lines = [(number, line.strip()) for number, line in enumerate(path.read_text().split("\n"), 1) if line.strip()]
     require(bool(lines), f"prompts={path} is empty. Write one prompt a line.")
     if path.suffix != ".jsonl":
         return [{"prompt": line} for _, line in lines]

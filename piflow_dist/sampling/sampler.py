@@ -29,10 +29,12 @@ from piflow_dist.parallel.topology import Topology
 from piflow_dist.sampling.control import Control, start_ranks
 from piflow_dist.sampling.embeddings import EmbeddingCache
 from piflow_dist.sampling.failures import FailureLog
+from piflow_dist.sampling.gather import check_unchanged
 from piflow_dist.sampling.images import ImageRequest, save_image, to_uint8
 from piflow_dist.sampling.network import load_network
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request, downscale
 
+NO_ROOM = "the device's memory does not suffice"
 CPU_TOKENS = 1024
 """Tokens of one evaluation on a CPU, about: more rows gain nothing there."""
 
@@ -58,7 +60,8 @@ class Sampler:
 
     def pieces(self, images: list[ImageRequest]) -> list[list[ImageRequest]]:
         """Images that are made at once: of one size and one length of prompt, batch_size at most."""
-        lengths = {prompt: len(self.embedding(prompt)) for prompt in {image.prompt for image in images}}
+        prompts = {image.prompt for image in images}
+        lengths = {prompt: self.cache.length(prompt) for prompt in prompts}
 
         def shape(image: ImageRequest) -> tuple[int, int, int]:
             return image.height, image.width, lengths[image.prompt]
@@ -119,6 +122,17 @@ class Sampler:
         )
 
 
+def sample_or_none(sampler: Sampler, piece: list[ImageRequest]) -> Tensor | None:
+    """Latents on the CPU; None where the device's memory does not hold so many images."""
+    try:
+        return sampler.sample(piece).cpu()  # waits for the device
+    except torch.OutOfMemoryError:
+        config = sampler.request.config
+        if config.parallel.tp > 1 or config.parallel.shard_base:  # the others are in the middle of it
+            raise
+    return None
+
+
 def load_decoder(request: SampleRequest, device: torch.device) -> Codec:
     codec = load_codec(request.dataset.codec, device)
     if codec.downscale != downscale(request.dataset.codec):
@@ -135,19 +149,28 @@ class Saver:
         self.request, self.codec, self.failures, self.device = request, codec, failures, device
         self.writer, self.waiting = ThreadPoolExecutor(1), list[Future]()
         self.info = {"source": str(request.checkpoint), **request.settings()}
+        self.side_by_side = request.config.launch.processes // request.config.parallel.tp
 
     def save(self, images: list[ImageRequest], latents_nCHW: Tensor, seconds: float) -> None:
         """latents on the CPU. seconds: that sampling them took, whose share is kept with each image for the folder's rate."""
         self.finish()
-        info = {**self.info, "seconds": seconds / len(images)}
+        info = {**self.info, "seconds": seconds / len(images) / self.side_by_side}
         for image, latents_CHW in zip(images, latents_nCHW, strict=True):
             if not latents_CHW.isfinite().all():
                 self.failures.add([image], "its latents are not finite: the weights or the settings diverge.")
                 continue
-            # One by one: a VAE's memory is that of one image, and its last bits do not depend on the others.
-            pixels_chw = to_uint8(self.codec.decode(latents_CHW[None].to(self.device))[0])
+            try:
+                # One by one: a VAE's memory is that of one image, and its last bits do not depend on the others.
+                pixels_chw = self.codec.decode(latents_CHW[None].to(self.device))[0]
+            except torch.OutOfMemoryError:
+                self.failures.add([image], f"{NO_ROOM} to decode it: ask for a smaller size.")
+                continue
+            if not pixels_chw.isfinite().all():
+                self.failures.add([image], "its pixels are not finite: the decoder diverges.")
+                continue
             kept = latents_CHW if self.request.config.latents else None
-            self.waiting.append(self.writer.submit(save_image, self.request.out, image, pixels_chw, kept, info))
+            file = (self.request.out, image, to_uint8(pixels_chw), kept, info)
+            self.waiting.append(self.writer.submit(save_image, *file))
 
     def finish(self) -> None:
         """Wait for the files of earlier images. Raises what went wrong with them."""
@@ -198,9 +221,19 @@ def run(request: SampleRequest, topology: Topology, control: Control) -> None:
     before = len(request.images) - len(absent)
     with StepProgress(out.name, len(request.images), start=before, every=1) as progress:
         began = time.perf_counter()
-        for piece in mine:
-            start = time.perf_counter()
-            latents_nCHW = sampler.sample(piece).cpu()  # waits for the device
+        waiting = mine[::-1]
+        while waiting:
+            piece, start = waiting.pop(), time.perf_counter()
+            latents_nCHW = sample_or_none(sampler, piece)
+            if latents_nCHW is None:
+                half = len(piece) // 2
+                if half:
+                    waiting += [piece[half:], piece[:half]]
+                else:
+                    failures.add(piece, f"{NO_ROOM} to sample it: ask for a smaller size, dtype=bf16 or parallel.tp.")
+                if topology.device.type != "cpu":
+                    torch.accelerator.empty_cache()  # of pieces of another size
+                continue
             if topology.tp_rank == 0:
                 saver.save(piece, latents_nCHW, time.perf_counter() - start)
             if topology.is_main:
@@ -223,7 +256,9 @@ def main() -> None:
     config = read_config(Path(sys.argv[1]), SampleConfig)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     topology, control = start_ranks(config)
-    run(build_request(config), topology, control)
+    request = build_request(config)
+    check_unchanged(request)
+    run(request, topology, control)
     control.close()
 
 

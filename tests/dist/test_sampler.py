@@ -33,7 +33,7 @@ from piflow_dist.models.pretrained import load_model
 from piflow_dist.models.qwen_image import QwenImage
 from piflow_dist.sampling import embeddings, sampler
 from piflow_dist.sampling.control import Control
-from piflow_dist.sampling.gather import gather, prepare_folder
+from piflow_dist.sampling.gather import gather, prepare_folder, seconds_of
 from piflow_dist.sampling.settings import SampleConfig, build_request
 
 IMAGES = 2 * len(PROMPTS)
@@ -238,6 +238,7 @@ def test_what_a_folder_holds(student_images: Path, made: Path) -> None:
             assert found == (line["prompt"], str(line["seed"]), "4", "0.5")
     meta = json.loads((student_images / "meta.json").read_text())
     assert (meta["kind"], meta["network_evaluations"], meta["images"], meta["failed"]) == ("student", 4, IMAGES, 0)
+    assert meta["seconds"] == pytest.approx(sum(seconds_of(student_images / line["file"]) for line in lines))
     with Image.open(student_images / "contact_sheet.png") as sheet:
         assert sheet.size == (2 * 64, 3 * 64)
     assert not list(student_images.rglob("*.tmp")) and not (student_images / "failures").exists()
@@ -321,32 +322,51 @@ def test_a_failing_prompt_costs_only_its_own_images(student_run: Path, student_i
 
 
 def sample_with_faults(rank: int, job: Job) -> str:
-    """One image diverges, and the text encoder is not to be had."""
-    whole = sampler.Sampler.sample
+    """There is memory for one image at a time, and not for each; one diverges; the decoder fails twice; no text encoder is to be had."""
+    whole, load_decoder = sampler.Sampler.sample, sampler.load_decoder
 
     def diverging(self: sampler.Sampler, images: list) -> Tensor:
+        if len(images) > 1 or (images[0].prompt_index, images[0].seed) == (2, 5):
+            raise torch.OutOfMemoryError("too much")
         latents_nCHW = whole(self, images)
         for image, latents_CHW in zip(images, latents_nCHW, strict=True):
             if (image.prompt_index, image.seed) == (1, 6):
                 latents_CHW[0, 0, 0] = math.nan
         return latents_nCHW
 
+    def failing_decoder(*arguments: object) -> object:
+        codec = load_decoder(*arguments)
+        decode, faults = codec.decode, [torch.OutOfMemoryError("too much"), None]
+
+        def failing(latents_BCHW: Tensor) -> Tensor:
+            if not faults:
+                return decode(latents_BCHW)
+            if fault := faults.pop():
+                raise fault
+            return decode(latents_BCHW) * math.nan
+
+        codec.decode = failing
+        return codec
+
     def absent(*arguments: object) -> None:
         raise AssertionError("the encoder was loaded")
 
-    sampler.Sampler.sample, embeddings.load_prompt_encoder = diverging, absent
+    sampler.Sampler.sample, sampler.load_decoder, embeddings.load_prompt_encoder = diverging, failing_decoder, absent
     return sample_jobs(rank, 1, [job])[0]
 
 
-def test_a_diverging_image_is_reported_and_embeddings_are_kept(
+def test_an_image_that_cannot_be_made_is_reported_and_embeddings_are_kept(
     student_run: Path, student_images: Path, tmp_path: Path
 ) -> None:
     kept = f"embeddings={student_images.parent / '.embeddings'}"
     job = Job(student_run, tmp_path / "out", (*STUDENT, kept))
     (complaint,) = run_ranks(sample_with_faults, 1, job, time_limit=300)
-    assert "1 of 6 images could not be made" in complaint and "latents are not finite" in complaint
+    assert "4 of 6 images could not be made" in complaint
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    for words in ("latents are not finite", "pixels are not finite", "not suffice to decode it", "not suffice to sample it"):
+        assert sum(words in reason for reason in reasons) == 1, reasons
     assert_same_images(tmp_path / "out", student_images)
-    assert len(lines_of(tmp_path / "out")) == IMAGES - 1
+    assert len(lines_of(tmp_path / "out")) == IMAGES - 4
 
 
 # The same images from plain loops, one image at a time, in which only the network is the package's.
