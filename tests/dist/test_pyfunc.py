@@ -1,6 +1,7 @@
 """An exported student as an MLflow model: registered by the tool, loaded by mlflow.pyfunc, asked for images."""
 
 import io
+import os
 from pathlib import Path
 
 import mlflow
@@ -28,12 +29,14 @@ def model(student_run: Path, tiny_data: Path, uri: str, tmp_path_factory: pytest
     options = [f"name={NAME}", f"dataset={tiny_data}", f"run={student_run}", "device=cpu", "batch_size=2"]
     done = run_tool("track", "register", str(exported), *options)
     assert done.returncode == 0 and f"models:/{NAME}/1" in done.stdout, done.stdout
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)  # and the variable, for all processes that are started later
     try:
         return mlflow.pyfunc.load_model(f"models:/{NAME}/1")
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(None)
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def pixels(frame: pandas.DataFrame) -> list[np.ndarray]:
