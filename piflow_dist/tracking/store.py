@@ -8,6 +8,8 @@ transaction: what the store has of the loss it has of every metric), evaluations
 import json
 import logging
 import os
+import posixpath
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from typing import Any
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import Config, ConfigError, config_values, read_config, require
 from piflow_dist.tracking.journal import (
+    CLAIMED,
     METRICS,
     RUN_ID,
     TIME,
+    TRACKING,
     claim,
     now,
     outbox,
@@ -29,7 +33,8 @@ from piflow_dist.tracking.secrets import mask, masked
 
 log = logging.getLogger(__name__)
 
-METRICS_PER_CALL, PARAMS_PER_CALL, PARAM_LENGTH = 1000, 100, 6000  # MLflow's limits
+METRICS_PER_CALL, PARAMS_PER_CALL, PARAM_LENGTH, NAME_LENGTH = 1000, 100, 6000, 250  # MLflow's limits
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 TRAINING, SWEEP, EVALUATION, PARENT = "piflow.training", "piflow.sweep", "piflow.evaluation", "mlflow.parentRunId"
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "file", "databricks")
 TEXT = {".txt", ".md", ".json", ".jsonl", ".yaml", ".yml", ".patch", ".html", ".csv", ".log"}
@@ -84,8 +89,8 @@ class Store:
             if self.run_id is None:
                 self._open()
             more = self._send_rows(rows_at_once)
-            self._send_outbox()
             self._send_status()
+            self._send_outbox()
         except BaseException:
             self._forget()
             raise
@@ -211,23 +216,39 @@ class Store:
         self.offset = rows[-1][1]
 
     def _send_outbox(self) -> None:
+        """One entry that does not arrive keeps no other one from it; the first error is raised at the end."""
+        first_error = None
         for path in outbox(self.run_dir):
             claimed = claim(path)
-            entry = json.loads(claimed.read_text())
-            match entry["kind"]:
-                case "metrics":
-                    self._send_late(entry)
-                case "artifact":
-                    self._upload(self.run_id, entry["path"], entry["folder"])
-                case "evaluation":
-                    self._send_evaluation(entry)
-            claimed.unlink()
+            try:
+                self._send_entry(json.loads(claimed.read_text()))
+                claimed.unlink()
+            except Exception as error:
+                run = self.client.get_run(self.run_id)  # raises where the store is away: it would take no other entry
+                if not is_refusal(error) or run.info.lifecycle_stage != "active":
+                    first_error = first_error or error
+                    continue
+                refused = self.run_dir / TRACKING / "refused" / claimed.name.removeprefix(CLAIMED)
+                refused.parent.mkdir(exist_ok=True)
+                claimed.rename(refused)
+                log.error("MLflow refuses what is now in %s: %s", refused, mask(str(error)))
+        if first_error is not None:
+            raise first_error
+
+    def _send_entry(self, entry: Mapping[str, Any]) -> None:
+        match entry["kind"]:
+            case "metrics":
+                self._send_late(entry)
+            case "artifact":
+                self._upload(self.run_id, entry["path"], entry["folder"])
+            case "evaluation":
+                self._send_evaluation(entry)
 
     def _send_late(self, entry: Mapping[str, Any]) -> None:
         """More of a step that has its row already."""
         from mlflow.entities import Metric
 
-        first = next(iter(entry["values"]))
+        first = metric_name(next(iter(entry["values"])))
         if any(metric.timestamp == entry[TIME] for metric in self.client.get_metric_history(self.run_id, first)):
             return
         row = {"step": entry["step"], TIME: entry[TIME], **entry["values"]}
@@ -241,7 +262,7 @@ class Store:
             tags = {EVALUATION: entry["id"], PARENT: self.run_id}
             run_id = self.client.create_run(self.experiment_id, entry[TIME], tags, mask(entry["title"])).info.run_id
         present = self.client.get_run(run_id).data.metrics
-        values = {key: value for key, value in entry["values"].items() if key not in present}
+        values = {key: value for key, value in entry["values"].items() if metric_name(key) not in present}
         row = {"step": entry["step"] or 0, TIME: entry[TIME], **values}
         for batch in batches(list(metrics_of(Metric, row))):
             self.client.log_batch(run_id, metrics=batch)
@@ -276,7 +297,19 @@ class Store:
 def metrics_of(metric: type, row: Mapping[str, Any]) -> Iterator[Any]:
     for key, value in row.items():
         if key not in ("step", TIME):
-            yield metric(key, float(value), row.get(TIME) or now(), row["step"])
+            yield metric(metric_name(key), float(value), row.get(TIME) or now(), row["step"])
+
+
+def metric_name(key: str) -> str:
+    """As MLflow takes it: letters, digits, _ - . : / and spaces, as a relative path. Names of sweeps' folders have others."""
+    return posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", key)).lstrip("./")[:NAME_LENGTH] or "_"
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether MLflow was reached and would say the same again."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.error_code in REFUSALS
 
 
 def batches(metrics: list[Any]) -> Iterator[list[Any]]:

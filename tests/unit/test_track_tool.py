@@ -12,7 +12,7 @@ from conftest import load_tool
 from piflow_dist.config import Config, DataConfig, OptimConfig, TrackingConfig, save_config
 from piflow_dist.launch.console import StepLine, StepProgress
 from piflow_dist.tracking.comparison import read_training
-from piflow_dist.tracking.journal import now, outbox, post_artifact
+from piflow_dist.tracking.journal import now, outbox, post, post_artifact
 from piflow_dist.tracking.lineage import write_lineage
 from piflow_dist.tracking.store import PARENT, SWEEP
 from piflow_dist.tracking.tracker import Tracker, log_evaluation
@@ -137,6 +137,23 @@ def test_a_sweep_is_the_parent_and_an_evaluation_a_child(runs: list[str], sweep:
     (metric,) = client.get_metric_history(child.info.run_id, "fid")
     assert metric.step == 12
     assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["report.md"]
+
+
+def test_an_entry_that_mlflow_refuses_holds_up_no_other(
+    said: Callable[..., str], runs: list[str], sweep: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = Path(runs[1])
+    post(run_dir, "metrics", step="last", values={"late": 1.0})  # no number
+    values = {"optim.lr=0.1,policy=dx/fid": 1.5, "/a//b": 2.5}
+    assert log_evaluation(run_dir, "names", values, [sweep / "report.md"])
+    (refused,) = (run_dir / "tracking" / "refused").iterdir()
+    assert json.loads(refused.read_text())["step"] == "last" and str(refused) in caplog.text
+    client = mlflow.MlflowClient(f"sqlite:///{sweep.parent}/mlflow.db")
+    run = client.get_run((run_dir / "mlflow_run_id").read_text().strip())
+    assert run.info.status == "FINISHED" and not outbox(run_dir)
+    (child,) = client.search_runs([run.info.experiment_id], "attributes.run_name = 'names'")
+    assert child.data.metrics == {"optim.lr_0.1_policy_dx/fid": 1.5, "a/b": 2.5}
+    assert "0 things wait" in said("sync", str(run_dir))
 
 
 def write_checkpoint(run_dir: Path, step: int, parent: str | None) -> Path:
