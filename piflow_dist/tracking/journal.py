@@ -2,7 +2,7 @@
 
 RUN/metrics.jsonl            a row per step; which of them MLflow has is asked of MLflow
 RUN/mlflow_run_id            the MLflow run, as soon as there is one
-RUN/tracking/run.json        name, tags, how the training ended: enough to make the MLflow run later
+RUN/tracking/run.json        name, tags, which store, how the training ended: enough to make the MLflow run later
 RUN/tracking/outbox/*.json   a file for everything else that is to be sent (late metrics, an artifact, an evaluation); removed when it is there
 RUN/tracking/refused/*.json  what MLflow will not have
 """

@@ -47,6 +47,13 @@ def secret_values(environment: Mapping[str, str]) -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
+def without_credentials(uri: str) -> str:
+    """Which store it is, without what opens it: `scheme://host/path`."""
+    if uri.startswith("sqlite"):
+        return uri  # a path
+    return re.sub(r"[?&][^=&]*=\*{3}", "", mask(uri, {}).replace(f"{STARS}@", ""))
+
+
 def masked(values: Any, name: str = "") -> Any:
     """Nested settings with every secret replaced: by what its key is called, or by what it looks like."""
     if isinstance(values, Mapping):

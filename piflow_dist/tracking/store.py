@@ -29,7 +29,7 @@ from piflow_dist.tracking.journal import (
     read_run_id,
     rows_after,
 )
-from piflow_dist.tracking.secrets import mask, masked
+from piflow_dist.tracking.secrets import mask, masked, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +48,13 @@ PATIENCE = {
 """MLflow's own are 120 seconds and seven retries: half an hour before a server counts as away. Here others try again."""
 
 
-def store_uri(config: Config, run_dir: Path) -> str:
-    """tracking.uri, else MLFLOW_TRACKING_URI, else an SQLite file beside the run folder. Raises ConfigError."""
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+def chosen_uri(config: Config) -> str:
+    """tracking.uri, else MLFLOW_TRACKING_URI, else empty."""
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+
+
+def store_uri(uri: str, run_dir: Path) -> str:
+    """The address of an MLflow store; an SQLite file beside the run folder where it is empty. Raises ConfigError."""
     if not uri:
         return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
     scheme = uri.partition(":")[0].partition("+")[0]
@@ -75,10 +79,11 @@ def connect(uri: str) -> Any:
 
 class Store:
     def __init__(self, run_dir: Path, config: Config | None = None):
-        """config: default: the one that the run folder holds. Raises ConfigError where that cannot be read."""
-        self.run_dir = run_dir
+        """config: the training's own, which alone chooses a store and begins another MLflow run where its own is gone. Tools
+        give none and go where the training went. Raises ConfigError where the run folder cannot be read."""
+        self.run_dir, self.is_training = run_dir, config is not None
         self.config = config or read_config(run_dir / "config.yaml")
-        self.uri = store_uri(self.config, run_dir)
+        self.uri = store_uri(chosen_uri(self.config) if self.is_training else self._known_uri(), run_dir)
         self.client: Any = None
         self.run_id: str | None = None
         self._forget()
@@ -99,6 +104,11 @@ class Store:
     def _forget(self) -> None:
         """After a failure nobody knows what has arrived: ask again."""
         self.run_id, self.offset, self.present, self.status = None, 0, set(), None
+
+    def _known_uri(self) -> str:
+        """Of the training's last start. Its credentials, which are not kept, come from the same variable as then."""
+        chosen, known = chosen_uri(self.config), read_identity(self.run_dir).get("uri")
+        return chosen if self.config.tracking.uri or known in (None, without_credentials(chosen)) else known
 
     # The run
 
@@ -140,6 +150,11 @@ class Store:
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
                 raise
+        require(
+            self.is_training,
+            f"MLflow run {run_id} of {self.run_dir} is not in {mask(self.uri)}, or deleted there. Only a training may begin "
+            "another one: start it again, or set tracking.uri in its config.yaml to the store that has the run.",
+        )
         log.warning(
             "MLflow run %s is not in %s, or deleted there: this training goes on as a new run", run_id, mask(self.uri)
         )

@@ -35,8 +35,8 @@ from piflow_dist.tracking.journal import (
     write_identity,
 )
 from piflow_dist.tracking.lineage import write_lineage
-from piflow_dist.tracking.secrets import mask
-from piflow_dist.tracking.store import Store, open_store, store_uri
+from piflow_dist.tracking.secrets import mask, without_credentials
+from piflow_dist.tracking.store import Store, chosen_uri, open_store, store_uri
 
 __all__ = [
     "METRICS",
@@ -61,7 +61,7 @@ IDLE = 30.0
 
 def tracking_uri(config: Config) -> str:
     """tracking.uri, else MLFLOW_TRACKING_URI, else an SQLite file beside the run folder."""
-    return store_uri(config, Path(config.run_dir))
+    return store_uri(chosen_uri(config), Path(config.run_dir))
 
 
 def ui_command(uri: str) -> str:
@@ -266,6 +266,7 @@ def describe_run(config: Config, first_step: int, world_size: int) -> dict[str, 
         "sweep": config.tracking.sweep,
         "started": before.get("started", now()),
         "tags": tags,
+        "uri": without_credentials(chosen_uri(config)),  # empty: beside the run folder, wherever that is moved
         "status": "RUNNING",
     }
 
@@ -298,8 +299,9 @@ def log_evaluation(
         with only_user(run_dir / TRACKING / ".lock", f"tracking of {run_dir}"):
             store.sync()
         return True
-    except ConfigError:
-        return False  # the training, which lives, sends it
+    except ConfigError as error:  # the training lives, and sends it; or the store has lost the training's run
+        log.warning("%s waits in %s: %s", name, run_dir / TRACKING / "outbox", error)
+        return False
     except Exception as error:  # whatever MLflow, requests or a database driver raise
         log.warning(
             "MLflow (%s) cannot be reached: %s. `tools/track.py sync %s` sends %s later.",

@@ -8,14 +8,15 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from piflow_dist.config import CheckpointConfig, Config, DataConfig, TrackingConfig, save_config
-from piflow_dist.tracking.journal import write_identity
+from piflow_dist.config import CheckpointConfig, Config, ConfigError, DataConfig, TrackingConfig, save_config
+from piflow_dist.tracking.journal import outbox, write_identity
 from piflow_dist.tracking.store import Store
 from piflow_dist.tracking.tracker import (
     METRICS,
     RUN_ID,
     Tracker,
     describe_run,
+    log_evaluation,
     read_metrics,
     tracking_uri,
     ui_command,
@@ -268,6 +269,35 @@ def test_a_store_without_the_saved_run_gets_a_new_one(config: Config, caplog: py
 
 
 # Where the runs are
+
+
+def test_tools_go_where_the_training_went(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from a shell without the training's variables, or with others; and they begin no run of their own there."""
+    uri, run_dir, config.tracking.uri = config.tracking.uri, Path(config.run_dir), None
+    save_config(config, run_dir / "config.yaml")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracker = Tracker(config, 1, 1)
+    record(tracker, 1, 2)
+    tracker.close("FINISHED")
+    for elsewhere in ("", "http://elsewhere"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", elsewhere)
+        assert Store(run_dir).uri == uri and log_evaluation(run_dir, f"with {elsewhere}", {"fid": 1.0})
+    run_id = (run_dir / RUN_ID).read_text()
+    mlflow.MlflowClient(tracking_uri=uri).delete_run(run_id.strip())
+    assert not log_evaluation(run_dir, "later", {"fid": 1.0}) and len(outbox(run_dir)) == 1
+    with pytest.raises(ConfigError, match="Only a training"):
+        Store(run_dir).sync()
+    assert (run_dir / RUN_ID).read_text() == run_id
+
+
+def test_the_run_folder_names_the_store_without_its_password(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, run_dir, config.tracking.uri = "postgresql://ada:hunter2hunter2@host/db", Path(config.run_dir), None
+    save_config(config, run_dir / "config.yaml")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    write_identity(run_dir, describe_run(config, 1, 1))
+    assert "hunter2" not in (run_dir / "tracking" / "run.json").read_text() and Store(run_dir).uri == uri
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert Store(run_dir).uri == "postgresql://host/db"
 
 
 def test_the_store_is_the_option_or_the_variable_or_beside_the_run(
