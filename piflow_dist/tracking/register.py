@@ -35,6 +35,13 @@ def register(source: str, options: RegisterOptions) -> str:
     from piflow_dist.models.adapters import student_folder
     from piflow_dist.sampling.settings import SampleConfig, resolve_source
 
+    for name in ("dataset", "base"):
+        place = getattr(options, name)
+        require(
+            place is None or mask(place) == place,
+            f"{name}={mask(place or '')} holds a secret, and the model keeps the place as it is. Give it without, and the "
+            "secret by an environment variable.",
+        )
     require(
         student_folder(source) is not None,
         f"{source} is no exported student. Write one with tools/export.py source=RUN out={source}_export.",

@@ -5,6 +5,7 @@ found by a tag that was on disk before the store heard of it, its steps by the h
 transaction: what the store has of the loss it has of every metric), evaluations by a tag of their own.
 """
 
+import codecs
 import json
 import logging
 import os
@@ -38,7 +39,6 @@ REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 TRAINING, SWEEP, EVALUATION, PARENT = "piflow.training", "piflow.sweep", "piflow.evaluation", "mlflow.parentRunId"
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "file", "databricks")
 TEXT = {".txt", ".md", ".json", ".jsonl", ".yaml", ".yml", ".patch", ".html", ".csv", ".log"}
-TEXT_BYTES = 8 << 20
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -117,7 +117,7 @@ class Store:
             self.client = connect(self.uri)
         identity = read_identity(self.run_dir)
         require(bool(identity), f"{self.run_dir} was not trained with tracking: there is nothing to be sent.")
-        self.experiment_id = self._experiment(identity["experiment"])
+        self.experiment_id = self._experiment(mask(identity["experiment"]))
         run_id = self._known_run() or self._find(TRAINING, identity["training"]) or self._create(identity)
         if read_run_id(self.run_dir) != run_id:
             write_atomic(self.run_dir / RUN_ID, run_id + "\n")
@@ -169,7 +169,7 @@ class Store:
     def _create(self, identity: Mapping[str, Any]) -> str:
         tags = {TRAINING: identity["training"]}
         return self.client.create_run(
-            self.experiment_id, start_time=identity["started"], tags=tags, run_name=identity["name"]
+            self.experiment_id, start_time=identity["started"], tags=tags, run_name=mask(identity["name"])
         ).info.run_id
 
     def _describe(self, run_id: str, identity: Mapping[str, Any]) -> None:
@@ -177,10 +177,10 @@ class Store:
         from mlflow.entities import Param, RunTag
 
         run = self.client.get_run(run_id)
-        tags = dict(identity["tags"])
+        tags = {key: mask(str(value)) for key, value in identity["tags"].items()}
         if identity.get("sweep"):
-            tags[PARENT] = self._sweep(identity["sweep"])
-        changed = [RunTag(key, str(value)) for key, value in tags.items() if run.data.tags.get(key) != str(value)]
+            tags[PARENT] = self._sweep(mask(identity["sweep"]))
+        changed = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
         params = flatten(masked(config_values(self.config)))
         missing = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in params if key not in run.data.params]
         if changed:
@@ -293,8 +293,8 @@ class Store:
         if path.is_dir():
             for file in sorted(file for file in path.rglob("*") if file.is_file()):
                 self._upload(run_id, str(file), str(Path(folder, path.name, file.parent.relative_to(path))))
-        elif path.suffix in TEXT and path.stat().st_size <= TEXT_BYTES:
-            self.client.log_text(run_id, mask(path.read_text(errors="replace")), str(Path(folder) / path.name))
+        elif (text := read_text(path)) is not None and (shown := mask(text)) != text:
+            self.client.log_text(run_id, shown, str(Path(folder) / path.name))
         else:
             self.client.log_artifact(run_id, str(path), folder or None)
 
@@ -325,6 +325,19 @@ def is_refusal(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     return isinstance(error, MlflowException) and error.error_code in REFUSALS
+
+
+def read_text(path: Path) -> str | None:
+    """Of a file that is UTF-8, or is called a text; None for others, of which the first piece alone is read as a rule."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace" if path.suffix in TEXT else "strict")
+    pieces = []
+    with open(path, "rb") as file:
+        try:
+            while piece := file.read(1 << 20):
+                pieces.append(decoder.decode(piece))
+            return "".join([*pieces, decoder.decode(b"", final=True)])
+        except UnicodeDecodeError:
+            return None
 
 
 def batches(metrics: list[Any]) -> Iterator[list[Any]]:

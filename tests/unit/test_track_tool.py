@@ -101,6 +101,10 @@ def test_more_images_per_second_are_better(said: Callable[..., str], runs: list[
         (["compare", "{run}", "{run}", "metric=x"], "It has: "),
         (["sync", "/proc"], "no run folder"),
         (["open", "nowhere"], "no run folder"),
+        (
+            ["register", "x", "name=y", "dataset=s3://ada:hunter2hunter2@bucket/set"],
+            "dataset=s3://***@bucket/set holds",
+        ),
         (["fly"], "Choose one of: compare"),
         (["best", "--metric"], "needs a value"),
     ],
