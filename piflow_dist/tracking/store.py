@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 METRICS_PER_CALL, PARAMS_PER_CALL, PARAM_LENGTH, NAME_LENGTH = 1000, 100, 6000, 250  # MLflow's limits
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 TRAINING, SWEEP, EVALUATION, PARENT = "piflow.training", "piflow.sweep", "piflow.evaluation", "mlflow.parentRunId"
-SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "file", "databricks")
+SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 TEXT = {".txt", ".md", ".json", ".jsonl", ".yaml", ".yml", ".patch", ".html", ".csv", ".log"}
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
@@ -59,11 +59,23 @@ def store_uri(uri: str, run_dir: Path) -> str:
         return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
     scheme = uri.partition(":")[0].partition("+")[0]
     require(
+        scheme != "file",
+        f"tracking.uri={mask(uri)} (or MLFLOW_TRACKING_URI) is a folder, which MLflow takes no more. Use "
+        f"sqlite:///{uri.removeprefix('file:').removeprefix('//').rstrip('/')}/mlflow.db, or leave it out.",
+    )
+    require(
         scheme in SCHEMES or uri == "databricks",
         f"tracking.uri={mask(uri)} (or MLFLOW_TRACKING_URI) is no MLflow store: it begins with {scheme!r}. Use one of: "
         f"{', '.join(SCHEMES)}.",
     )
     return uri
+
+
+def artifact_location(uri: str, folder: Path) -> str | None:
+    """For an experiment that is made: a server has a place of its own; with others MLflow's is the folder that the command was
+    typed in, and this is one in `folder`."""
+    served = uri.startswith(("http", "databricks"))
+    return None if served else (folder.resolve() / "mlartifacts").as_uri()
 
 
 def connect(uri: str) -> Any:
@@ -129,8 +141,7 @@ class Store:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is not None:
             return experiment.experiment_id
-        # Beside the database: artifacts must not land in whatever folder the command was typed in.
-        beside = (self.run_dir.resolve().parent / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
+        beside = artifact_location(self.uri, self.run_dir.resolve().parent)
         return self.client.create_experiment(name, artifact_location=beside)
 
     def _known_run(self) -> str | None:

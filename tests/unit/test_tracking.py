@@ -10,7 +10,7 @@ from mlflow.entities import Run
 
 from piflow_dist.config import CheckpointConfig, Config, ConfigError, DataConfig, TrackingConfig, save_config
 from piflow_dist.tracking.journal import outbox, write_identity
-from piflow_dist.tracking.store import Store
+from piflow_dist.tracking.store import Store, artifact_location
 from piflow_dist.tracking.tracker import (
     METRICS,
     RUN_ID,
@@ -311,6 +311,18 @@ def test_the_store_is_the_option_or_the_variable_or_beside_the_run(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.chdir(tmp_path)
     assert tracking_uri(offline) == f"sqlite:///{tmp_path}/outputs/demo/mlflow.db"  # absolute: four slashes
+
+
+def test_artifacts_do_not_land_where_the_command_was_typed(tmp_path: Path) -> None:
+    for uri in ("sqlite:////a/mlflow.db", "postgresql://host/db", "mysql+pymysql://host/db"):
+        assert artifact_location(uri, tmp_path) == f"file://{tmp_path}/mlartifacts"
+    assert artifact_location("https://host", tmp_path) is None
+
+
+def test_a_folder_is_no_store(offline: Config) -> None:
+    offline.tracking.uri = "file:///runs/mlruns"
+    with pytest.raises(ConfigError, match="sqlite:////runs/mlruns/mlflow.db"):
+        tracking_uri(offline)
 
 
 def test_the_command_that_shows_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
