@@ -265,6 +265,8 @@ class Store:
         match entry["kind"]:
             case "metrics":
                 self._send_late(entry)
+            case "row":
+                self._complete_row(entry)
             case "artifact":
                 self._upload(self.run_id, entry["path"], entry["folder"])
             case "evaluation":
@@ -279,6 +281,19 @@ class Store:
             return
         row = {"step": entry["step"], TIME: entry[TIME], **entry["values"]}
         self.client.log_batch(self.run_id, metrics=list(metrics_of(Metric, row)))
+
+    def _complete_row(self, entry: Mapping[str, Any]) -> None:
+        """What MLflow lacks of a step that was done again: all of it is there if the row itself was sent."""
+        from mlflow.entities import Metric
+
+        row = {"step": entry["step"], TIME: entry[TIME], **entry["values"]}
+        lacking = [
+            metric
+            for metric in metrics_of(Metric, row)
+            if entry["step"] not in {known.step for known in self.client.get_metric_history(self.run_id, metric.key)}
+        ]
+        for batch in batches(lacking):
+            self.client.log_batch(self.run_id, metrics=batch)
 
     def _send_evaluation(self, entry: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric

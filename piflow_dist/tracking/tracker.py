@@ -99,7 +99,12 @@ class Tracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record step (from 1)."""
-        self.metrics_file.write({"step": step, **values, TIME: now()})
+        row = {"step": step, **values, TIME: now()}
+        self.metrics_file.write(row)
+        if self.sender is not None and (before := self.metrics_file.dropped.pop(step, None)) is not None:
+            # MLflow may have the row of before a kill, and takes no other: saves are complete at other steps now.
+            if more := {key: value for key, value in row.items() if key not in before}:
+                post(self.run_dir, "row", step=step, values=more, **{TIME: row[TIME]})
         self.waiting += 1
         if self.waiting >= self.every:
             self.waiting = 0

@@ -171,6 +171,27 @@ def test_a_continued_run_is_the_same_run_with_every_step_once(config: Config, ch
     assert run.data.tags["world_size"] == "4"
 
 
+@pytest.mark.parametrize("sent", [True, False], ids=["the store has the first life", "it has not"])
+def test_what_a_step_that_is_done_again_has_more_arrives_once(config: Config, sent: bool) -> None:
+    """The first life's save was complete by step 3, the second one's by step 4, which MLflow may have already, and 6."""
+    config.tracking.enabled = sent
+    tracker = Tracker(config, 1, 1)
+    for step in range(1, 6):
+        tracker.log(step, {"loss": 1 / step} | ({"checkpoint_stall": 3.0} if step == 3 else {}))
+    assert tracker.flush(60)
+    config.tracking.enabled = True
+    again = Tracker(config, 3, 1)
+    for step in range(3, 8):
+        again.log(step, {"loss": 1 / step} | ({"checkpoint_stall": float(step)} if step in (4, 6) else {}))
+    assert again.flush(60)
+    again.close("FINISHED")
+    assert Store(Path(config.run_dir)).sync()
+    run = only_run(config)
+    assert mlflow_rows(config, run) == losses(7)
+    first = [(3, 3.0)] if sent else []
+    assert mlflow_rows(config, run, "checkpoint_stall") == [*first, (4, 4.0), (6, 6.0)]
+
+
 @pytest.mark.parametrize("told", [True, False], ids=["the store has it", "the store has it not"])
 def test_an_end_between_sending_and_knowing_sends_nothing_twice(config: Config, told: bool) -> None:
     """After the first of two messages; the sender cannot know whether the second one arrived."""
