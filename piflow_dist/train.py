@@ -354,6 +354,7 @@ def train(run: Run, tracker: Tracker | None) -> bool:
             loss_tensor, result = train_step(run)
             loss, stop = loss_tensor.item(), run.stopping_ranks.item() > 0
             state.step += 1
+            run.gauges.clock.enter("ema")
             guard_not_finite(run, loss, result)
             if result.applied:
                 run.ema.update(run.model.masters, state.step)

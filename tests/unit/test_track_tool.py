@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -128,6 +129,20 @@ def test_sync_sends_what_waits_once(said: Callable[..., str], runs: list[str], s
     run_id = (run_dir / "mlflow_run_id").read_text().strip()
     assert [metric.step for metric in client.get_metric_history(run_id, "loss")] == list(range(1, 14))
     assert [file.path for file in client.list_artifacts(run_id, "late")] == ["late/report.md"]
+
+
+def test_a_password_is_no_argument_of_the_page(said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def run(command: list[str], **options: dict[str, str]) -> SimpleNamespace:
+        started.append((command, options["env"]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("subprocess.run", run)
+    uri = "postgresql://ada:hunter2hunter2@host/db"
+    assert "hunter2" not in said("open", f"uri={uri}")
+    ((command, variables),) = started
+    assert "hunter2" not in " ".join(command) and variables["MLFLOW_BACKEND_STORE_URI"] == uri
 
 
 def test_a_sweep_is_the_parent_and_an_evaluation_a_child(runs: list[str], sweep: Path) -> None:

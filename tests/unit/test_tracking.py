@@ -251,6 +251,19 @@ def test_a_failed_run_is_marked_and_has_its_last_steps(config: Config) -> None:
     assert only_run(config).info.status == "FINISHED" and mlflow_rows(config, only_run(config)) == losses(5)
 
 
+def test_an_outbox_that_takes_nothing_ends_no_training(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(config, 1, 1)
+    assert tracker.flush(60)
+    (Path(config.run_dir) / "tracking" / "outbox").rename(Path(config.run_dir) / "aside")
+    (Path(config.run_dir) / "tracking" / "outbox").touch()  # as a full disk, a folder cannot be written to
+    tracker.log_late(1, {"checkpoint_stall": 1.0})
+    tracker.log_artifact(Path(config.run_dir) / "config.yaml")
+    tracker.log_evaluation("FID", {"fid": 1.0})
+    assert caplog.text.count("this is lost") == 3
+    record(tracker, 1, 2)
+    assert mlflow_rows(config, only_run(config)) == losses(2)
+
+
 def test_more_numbers_than_one_message_may_hold(config: Config) -> None:
     config.tracking.log_every = 600
     tracker = Tracker(config, 1, 1)
