@@ -141,7 +141,7 @@ def build_run(config: Config, topology: Topology, watchdog: Watchdog | Unwatched
     probe = None
     if config.distils and config.tracking.probe_every:
         probe = PolicyProbe(
-            config, schedule, model, teacher, probe_batch(config, topology, empty_LD, description.typical_shape)
+            config, schedule, model, teacher, *probe_batch(config, topology, empty_LD, description.typical_shape)
         )
     return Run(
         config=config,
@@ -164,16 +164,26 @@ def build_run(config: Config, topology: Topology, watchdog: Watchdog | Unwatched
     )
 
 
-def probe_batch(config: Config, topology: Topology, empty_LD: Tensor, shape: tuple[int, int, int]) -> Batch:
-    """The data set's first prompts, some for each data-parallel rank, and noise of seeds that nothing else uses."""
+def probe_batch(
+    config: Config, topology: Topology, empty_LD: Tensor, shape: tuple[int, int, int]
+) -> tuple[Batch, Tensor]:
+    """The data set's first prompts and noise of their own, shared out over the data-parallel ranks, and which of them count.
+
+    The same images on any number of ranks and devices. Every rank takes equally many, the last one again where they do not share
+    out: with sharded weights a forward pass of one is a forward pass of all.
+    """
     count, device = config.tracking.probe_images, topology.device
-    found = first_prompts(
-        config.data.root, config.data.split, count * topology.dp_size, cache_dir=config.data.cache_dir
-    )
-    mine = slice(topology.dp_rank * count, (topology.dp_rank + 1) * count)
-    generator = torch.Generator(device).manual_seed(seed_from(config.train.seed, "probe", topology.dp_rank))
-    noise_BCHW = torch.randn((count, *shape), generator=generator, device=device)
-    return Batch(noise_BCHW, *(tensor[mine].to(device) for tensor in found), empty_LD)
+    found = first_prompts(config.data.root, config.data.split, count, cache_dir=config.data.cache_dir)
+    share = math.ceil(count / topology.dp_size)
+    indices = range(topology.dp_rank * share, (topology.dp_rank + 1) * share)
+    mine = [min(index, count - 1) for index in indices]
+    noises = []
+    for index in mine:
+        generator = torch.Generator().manual_seed(seed_from(config.train.seed, "probe", index))
+        noises.append(torch.randn(shape, generator=generator))
+    counts_B = torch.tensor([float(index < count) for index in indices], device=device)
+    batch = Batch(torch.stack(noises).to(device), *(tensor[mine].to(device) for tensor in found), empty_LD)
+    return batch, counts_B
 
 
 def newest_checkpoint_of(config: Config) -> Path | None:
@@ -354,6 +364,7 @@ def train(run: Run, tracker: Tracker | None) -> bool:
             loss_tensor, result = train_step(run)
             loss, stop = loss_tensor.item(), run.stopping_ranks.item() > 0
             state.step += 1
+            run.gauges.clock.enter("ema")
             guard_not_finite(run, loss, result)
             if result.applied:
                 run.ema.update(run.model.masters, state.step)

@@ -101,6 +101,19 @@ def run_tool(name: str, *arguments: str, time_limit: float = 300.0) -> subproces
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_tracked_into_the_checkout() -> Iterator[None]:
+    """MLflow's default is a database in the working folder, and its calls set a variable that every later test inherits."""
+
+    def state() -> tuple[str | None, bool, bool]:
+        store = os.environ.get("MLFLOW_TRACKING_URI")
+        return store, (REPO / "mlflow.db").exists(), (REPO / "mlruns").exists()
+
+    before = state()
+    yield
+    assert state() == before
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny") / "data"

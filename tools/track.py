@@ -172,11 +172,12 @@ def open_page(places: list[str], options: OpenOptions) -> None:
     if uri.startswith("http"):
         console.print(f"The runs are at {mask(uri)}", markup=False)
         return
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host=127.0.0.1"]
+    command = [sys.executable, "-m", "mlflow", "ui", "--host=127.0.0.1"]
     command += [f"--port={options.port}", "--workers=1"]
     console.print(f"http://127.0.0.1:{options.port} shows {mask(shlex.quote(uri))}; Ctrl-C ends it.", markup=False)
     # Seven processes of 240 MB that run evaluations of language models on request.
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    quiet["MLFLOW_BACKEND_STORE_URI"] = uri  # not an argument, which everybody on the machine can read
     code = subprocess.run(command, check=False, env=os.environ | quiet).returncode
     require(code == 0, f"MLflow's page ended with exit code {code}. Is port={options.port} in use? Choose another one.")
 

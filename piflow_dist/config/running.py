@@ -119,8 +119,8 @@ class TrackingConfig:
     """Dense bf16 matrix products per GPU, for the share of it that a step reaches; default: cluster.peak_tflops."""
     probe_every: int = 0
     """Steps between probes of the policy's end points against the teacher's trajectory (nfe student evaluations each); 0: none."""
-    probe_images: int = 2
-    """Images of the probe, per data-parallel rank."""
+    probe_images: int = 4
+    """Images of the probe, over all ranks: the same ones on any number of them."""
     patience_seconds: float = 20.0
     """How long the end of a training waits for MLflow to take the rest; training itself never waits."""
     sweep: str | None = None

@@ -40,7 +40,8 @@ class StepMeter:
         target_MB = out.target.square().flatten(2).mean(2)
         chosen_BS = index_B[:, None] == torch.arange(self.nfe, device=index_B.device)
         for what, value_B in (("loss", error_MB.sum(0)), ("target", target_MB.sum(0))):
-            self._add(f"{what}/0", (value_B[:, None] * chosen_BS).sum(0))
+            # Not a product: an image whose error is not finite would be in every segment.
+            self._add(f"{what}/0", torch.where(chosen_BS, value_B[:, None], 0).sum(0))
         self._add("states/0", chosen_BS.sum(0) * len(error_MB))
         self._add_by_sigma(error_MB * (self.loss_scale / 2), out.sigma_MB)
         if "logweights" in outputs:
@@ -92,7 +93,7 @@ class StepMeter:
     def _add_by_sigma(self, loss_MB: Tensor, sigma_MB: Tensor) -> None:
         bin_MB = (sigma_MB * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
         chosen_MBS = bin_MB[..., None] == torch.arange(BINS, device=bin_MB.device)
-        self._add("loss@0", (loss_MB[..., None] * chosen_MBS).sum((0, 1)))
+        self._add("loss@0", torch.where(chosen_MBS, loss_MB[..., None], 0).sum((0, 1)))
         self._add("states@0", chosen_MBS.sum((0, 1)))
 
 

@@ -26,7 +26,7 @@ TEACHER_STEPS = 8
 
 
 class PolicyProbe:
-    """Collective: every rank has its own images, tensor-parallel ranks the same ones."""
+    """Collective: data-parallel ranks share the images out, tensor-parallel ranks have the same ones."""
 
     def __init__(
         self,
@@ -35,10 +35,12 @@ class PolicyProbe:
         model: TrainedModel,
         teacher: FrozenModel | TiedTeacher,
         batch: Batch,
+        counts_B: Tensor | None = None,
     ):
-        """batch: prompts, and noise in the place of images."""
+        """batch: prompts, and noise in the place of images. counts_B: 0 for images that another rank has (default: none)."""
         self.config, self.schedule, self.model, self.batch = config, schedule, model, batch
         self.velocity = TeacherVelocity(teacher, batch, config.distill.guidance, config.model.guidance_embeds)
+        self.counts_B = batch.x0_BCHW.new_ones(len(batch.x0_BCHW)) if counts_B is None else counts_B
         self.taus = segment_boundaries(config, schedule).tolist()
         self.states: list[Tensor] = []
         """Of the teacher at the segments' boundaries; walked at the first measurement, as it is frozen."""
@@ -49,13 +51,14 @@ class PolicyProbe:
         device = self.batch.x0_BCHW.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self.model.evaluating():
             self.states = self.states or self._teacher_states()
-            distances = torch.stack([self._distance(i) for i in range(len(self.taus) - 1)])
-        dist.all_reduce(distances)
-        found = (distances / dist.get_world_size()).tolist()
+            squares = torch.stack([self._squares(i) for i in range(len(self.taus) - 1)])
+        dist.all_reduce(squares)
+        found = (squares[:, 0] / squares[:, 1].clamp(min=1e-12)).sqrt().tolist()
         values = {f"probe/segment_{i}": value for i, value in enumerate(found, 1)}
         return values | {"probe/end_point": sum(found) / len(found)}
 
-    def _distance(self, i: int) -> Tensor:
+    def _squares(self, i: int) -> Tensor:
+        """(2,): mean squares of distance and of the teacher's way, summed over the images that count."""
         x_BCHW, wanted_BCHW = self.states[i], self.states[i + 1]
         tau_B, end_B = (x_BCHW.new_full((len(x_BCHW),), tau) for tau in self.taus[i : i + 2])
         config, ends = self.config, (self.schedule.warp(end_B),) if takes_end(self.config) else ()
@@ -63,8 +66,10 @@ class PolicyProbe:
             x_BCHW, self.schedule.warp(tau_B), tau_B, *ends
         )
         end_BCHW, _ = rollout(policy, x_BCHW, tau_B, end_B, self.schedule, config.distill.total_substeps)
-        off, gone = (end_BCHW - wanted_BCHW).square().mean(), (wanted_BCHW - x_BCHW).square().mean()
-        return (off / gone.clamp(min=1e-12)).sqrt()
+        ways = (end_BCHW - wanted_BCHW, wanted_BCHW - x_BCHW)
+        return torch.stack(
+            [torch.where(self.counts_B > 0, way.double().square().flatten(1).mean(1), 0).sum() for way in ways]
+        )
 
     def _teacher_states(self) -> list[Tensor]:
         x_BCHW = self.batch.x0_BCHW

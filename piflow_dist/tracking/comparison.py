@@ -54,7 +54,7 @@ def read_training(source: str, uri: str | None) -> Training:
         f"{source} is neither a run folder nor the id of an MLflow run. Give one that exists.",
     )
     client = open_client(uri)
-    return from_mlflow(client, ask(uri, lambda: client.get_run(source)))
+    return ask(uri, lambda: from_mlflow(client, client.get_run(source)))
 
 
 def from_folder(path: Path) -> Training:
@@ -94,7 +94,7 @@ def all_in(uri: str | None, experiment: str | None, metric: str) -> list[Trainin
         tags = run.data.tags
         if metric not in run.data.metrics or SWEEP in tags or EVALUATION in tags:
             continue
-        history = client.get_metric_history(run.info.run_id, metric)
+        history = ask(uri, lambda run_id=run.info.run_id: client.get_metric_history(run_id, metric))
         place = run.data.tags.get("run_dir", run.info.run_id)
         trainings.append(Training(place, dict(run.data.params), {metric: sorted((m.step, m.value) for m in history)}))
     return trainings

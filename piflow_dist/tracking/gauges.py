@@ -20,6 +20,7 @@ PHASES = {
     "forward and backward": "seconds_forward_backward",
     "optimizer": "seconds_optimizer",
     "loss": "seconds_loss",
+    "ema": "seconds_ema",
 }
 PLAN = "plan.json"
 

@@ -2,8 +2,9 @@
 
 RUN/metrics.jsonl            a row per step; which of them MLflow has is asked of MLflow
 RUN/mlflow_run_id            the MLflow run, as soon as there is one
-RUN/tracking/run.json        name, tags, how the training ended: enough to make the MLflow run later
+RUN/tracking/run.json        name, tags, which store, how the training ended: enough to make the MLflow run later
 RUN/tracking/outbox/*.json   a file for everything else that is to be sent (late metrics, an artifact, an evaluation); removed when it is there
+RUN/tracking/refused/*.json  what MLflow will not have
 """
 
 import hashlib
@@ -39,9 +40,13 @@ class MetricsFile:
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
+        self.dropped: dict[int, set[str]] = {}
+        """Keys of the rows that were dropped, by step: MLflow may have those."""
         if path.exists():
-            rows = [row for row in read_metrics(path) if row["step"] < first_step]
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+            rows = read_metrics(path)
+            self.dropped = {row["step"]: set(row) for row in rows if row["step"] >= first_step}
+            kept = [row for row in rows if row["step"] < first_step]
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115  (open as long as the run; close() ends it)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -80,7 +85,7 @@ def write_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
 
 
 def post(run_dir: Path, kind: str, name: str | None = None, **content: Any) -> None:
-    """Put something into the outbox: it is on disk when this returns. kind: metrics, artifact or evaluation.
+    """Put something into the outbox: it is on disk when this returns. kind: metrics, row, artifact or evaluation.
 
     name: of the file; an entry of the same name that has not been sent is replaced.
     """

@@ -5,15 +5,21 @@ prints. The planner needs a process group of its own, and seconds to minutes: no
 """
 
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import Config, read_config
 from piflow_dist.tracking.gauges import PLAN
 from piflow_dist.tracking.journal import TRACKING, post_artifact
+
+log = logging.getLogger(__name__)
+PLAN_TEXT = "plan.txt"
 
 
 def is_wanted(config: Config) -> bool:
@@ -22,12 +28,24 @@ def is_wanted(config: Config) -> bool:
 
 
 def start_planning(config: Config) -> subprocess.Popen | None:
-    """Rank 0 calls this once; the figures are there when they are there."""
+    """Rank 0 calls this once; the figures are there when they are there. Those of an earlier start are removed: its world and its
+    batches may have been others."""
+    for name in (PLAN, PLAN_TEXT):
+        (Path(config.run_dir) / TRACKING / name).unlink(missing_ok=True)
     if not is_wanted(config):
         return None
     command = [sys.executable, "-m", "piflow_dist.tracking.planned", str(Path(config.run_dir) / "config.yaml")]
-    with open(Path(config.run_dir) / "logs" / "plan.log", "w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+    words = Path(config.run_dir) / "logs" / "plan.log"
+    with open(words, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+    threading.Thread(target=tell_failure, args=(process, words), name="planning", daemon=True).start()
+    return process
+
+
+def tell_failure(process: subprocess.Popen, words: Path) -> None:
+    code = process.wait()
+    if code not in (0, -signal.SIGTERM):  # SIGTERM: the training ended first
+        log.warning("The planner ended with exit code %d, see %s: tflops_per_gpu is not logged", code, words)
 
 
 def write_plan(config: Config) -> None:
@@ -41,7 +59,7 @@ def write_plan(config: Config) -> None:
     if config.cluster is not None:
         planner = Planner(shape)
         plan = planner.plan(config)
-        with open(folder / "plan.txt", "w") as file:
+        with open(folder / PLAN_TEXT, "w") as file:
             print_plan(planner, plan, Console(file=file, width=160))
         content = as_json(planner, plan)
     else:
@@ -51,7 +69,7 @@ def write_plan(config: Config) -> None:
         micro_batches, _ = config.train.accumulation(topology.dp_size)
         content = {"flops": {phase: count * micro_batches for phase, count in record.flops.items()}}
     write_atomic(folder / PLAN, json.dumps(content, indent=1) + "\n")
-    for name in ("plan.txt", PLAN):
+    for name in (PLAN_TEXT, PLAN):
         if (folder / name).exists():
             post_artifact(Path(config.run_dir), folder / name, "plan")
 

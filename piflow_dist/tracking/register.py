@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from piflow_dist.config import ConfigError, require
 from piflow_dist.tracking.journal import read_run_id
 from piflow_dist.tracking.secrets import mask
-from piflow_dist.tracking.store import open_store
+from piflow_dist.tracking.store import artifact_location, open_store, store_uri
 
 CODE = Path(__file__).with_name("pyfunc_model.py")
 
@@ -35,6 +35,13 @@ def register(source: str, options: RegisterOptions) -> str:
     from piflow_dist.models.adapters import student_folder
     from piflow_dist.sampling.settings import SampleConfig, resolve_source
 
+    for name in ("dataset", "base"):
+        place = getattr(options, name)
+        require(
+            place is None or mask(place) == place,
+            f"{name}={mask(place or '')} holds a secret, and the model keeps the place as it is. Give it without, and the "
+            "secret by an environment variable.",
+        )
     require(
         student_folder(source) is not None,
         f"{source} is no exported student. Write one with tools/export.py source=RUN out={source}_export.",
@@ -43,6 +50,7 @@ def register(source: str, options: RegisterOptions) -> str:
     store = open_store(Path(options.run)) if options.run else None
     uri = options.uri or (store.uri if store else os.environ.get("MLFLOW_TRACKING_URI"))
     require(bool(uri), "Say which MLflow store: run=RUN, uri=URI or MLFLOW_TRACKING_URI.")
+    uri = store_uri(uri, Path(source))
     run_id = read_run_id(Path(options.run)) if options.run else None
     require(
         run_id is not None or not options.run,
@@ -78,7 +86,12 @@ def log_model(source: str, options: RegisterOptions, uri: str, run_id: str | Non
     )
     if run_id is None:
         experiment = mlflow.get_experiment_by_name("piflow_dist")
-        chosen = experiment.experiment_id if experiment else mlflow.create_experiment("piflow_dist")
+        folder = Path(uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else source).resolve().parent
+        chosen = (
+            experiment.experiment_id
+            if experiment
+            else mlflow.create_experiment("piflow_dist", artifact_location=artifact_location(uri, folder))
+        )
         running = mlflow.start_run(experiment_id=chosen, run_name=options.name)
     else:
         before = mlflow.MlflowClient().get_run(run_id).info

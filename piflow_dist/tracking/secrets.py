@@ -7,16 +7,24 @@ from typing import Any
 
 STARS = "***"
 SECRET_NAME = (
-    r"(?:passw(?:or)?d|secret|credentials?|api[_-]?key|access[_-]?key(?:[_-]?id)?|auth[_-]?key|private[_-]?key|token)"
+    r"(?:passw(?:or)?d|passphrase|pwd|secret|credentials?|(?:api|auth|private|account)[_-]?key"
+    r"|access[_-]?key(?:[_-]?id)?|(?-i:[A-Z0-9]_KEY)|token)"
 )
-"""The last word of the name of a secret. "tokens", which are counted, is none."""
-URL_USER = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+"""The last word of the name of a secret. "tokens", which are counted, is none, and a key is one where it is a variable's."""
+URL_USER = re.compile(r"(?<=://)(?:[^/\s@'\"]*:[^\s'\"]+|[^/\s'\"]+)(?=@)")
+"""Passwords with a / or @ in them, too."""
 URL_PARAMETER = re.compile(
     rf"(?<=[?&])((?:[\w.-]*{SECRET_NAME}|(?:[\w.-]+[_-])?(?:sig|signature))=)[^&\s'\"]+", re.IGNORECASE
 )
 ASSIGNED = re.compile(
-    rf"(\b[\w.-]*{SECRET_NAME}['\"]?\s*[=:]\s*)(?:'[^'\n]+'|\"[^\"\n]+\"|[^\s'\",;&]+)", re.IGNORECASE
+    rf"(\b[\w.-]*{SECRET_NAME}['\"]?\s*[=:]\s*)(?:'[^'\n]+'|\"[^\"\n]+\"|(?:(?:bearer|basic)[ \t]+)?[^\s'\",;&]+)",
+    re.IGNORECASE,
 )
+OPTION = re.compile(rf"((?<!\S)--?[\w-]*{SECRET_NAME}[ \t]+)(?:'[^'\n]+'|\"[^\"\n]+\"|[^-\s'\"]\S*)", re.IGNORECASE)
+PRIVATE_KEY = re.compile(
+    r"(-----BEGIN ([A-Z ]*)PRIVATE KEY[A-Z ]*-----).*?(?:(?=-----END \2PRIVATE KEY)|\Z)", re.DOTALL
+)
+"""A file that holds one; to the end of the text where it is cut."""
 EMPTY = re.compile(r"^['\"]?(?:null|none|true|false|\*\*\*|)['\"]?$", re.IGNORECASE)
 BEARER = re.compile(r"(\b(?:bearer|basic)\s+)[A-Za-z0-9+/._~=-]{8,}", re.IGNORECASE)
 KNOWN = re.compile(
@@ -33,9 +41,11 @@ def mask(text: str, environment: Mapping[str, str] | None = None) -> str:
     the values of all environment variables with such names (default: this process's)."""
     for value in secret_values(os.environ if environment is None else environment):
         text = text.replace(value, STARS)
+    text = PRIVATE_KEY.sub(rf"\1{STARS}", text)
     text = URL_USER.sub(STARS, text)
     text = URL_PARAMETER.sub(rf"\1{STARS}", text)
     text = ASSIGNED.sub(_hide, text)
+    text = OPTION.sub(rf"\1{STARS}", text)
     text = BEARER.sub(rf"\1{STARS}", text)
     return KNOWN.sub(STARS, text)
 
@@ -43,8 +53,16 @@ def mask(text: str, environment: Mapping[str, str] | None = None) -> str:
 def secret_values(environment: Mapping[str, str]) -> list[str]:
     """Longest first: one may contain another."""
     named = re.compile(rf"{SECRET_NAME}$", re.IGNORECASE)
-    found = {value for name, value in environment.items() if named.search(name) and len(value) >= SHORTEST}
+    found = {value for name, value in environment.items() if named.search(name) and name not in ("PWD", "OLDPWD")}
+    found = {value for value in found if len(value) >= SHORTEST}
     return sorted(found, key=len, reverse=True)
+
+
+def without_credentials(uri: str) -> str:
+    """Which store it is, without what opens it: `scheme://host/path`."""
+    if uri.startswith("sqlite"):
+        return uri  # a path
+    return re.sub(r"[?&][^=&]*=\*{3}", "", mask(uri, {}).replace(f"{STARS}@", ""))
 
 
 def masked(values: Any, name: str = "") -> Any:

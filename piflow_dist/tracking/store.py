@@ -5,9 +5,12 @@ found by a tag that was on disk before the store heard of it, its steps by the h
 transaction: what the store has of the loss it has of every metric), evaluations by a tag of their own.
 """
 
+import codecs
 import json
 import logging
 import os
+import posixpath
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,11 @@ from typing import Any
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import Config, ConfigError, config_values, read_config, require
 from piflow_dist.tracking.journal import (
+    CLAIMED,
     METRICS,
     RUN_ID,
     TIME,
+    TRACKING,
     claim,
     now,
     outbox,
@@ -25,15 +30,15 @@ from piflow_dist.tracking.journal import (
     read_run_id,
     rows_after,
 )
-from piflow_dist.tracking.secrets import mask, masked
+from piflow_dist.tracking.secrets import mask, masked, without_credentials
 
 log = logging.getLogger(__name__)
 
-METRICS_PER_CALL, PARAMS_PER_CALL, PARAM_LENGTH = 1000, 100, 6000  # MLflow's limits
+METRICS_PER_CALL, PARAMS_PER_CALL, PARAM_LENGTH, NAME_LENGTH = 1000, 100, 6000, 250  # MLflow's limits
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 TRAINING, SWEEP, EVALUATION, PARENT = "piflow.training", "piflow.sweep", "piflow.evaluation", "mlflow.parentRunId"
-SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "file", "databricks")
+SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 TEXT = {".txt", ".md", ".json", ".jsonl", ".yaml", ".yml", ".patch", ".html", ".csv", ".log"}
-TEXT_BYTES = 8 << 20
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -43,18 +48,34 @@ PATIENCE = {
 """MLflow's own are 120 seconds and seven retries: half an hour before a server counts as away. Here others try again."""
 
 
-def store_uri(config: Config, run_dir: Path) -> str:
-    """tracking.uri, else MLFLOW_TRACKING_URI, else an SQLite file beside the run folder. Raises ConfigError."""
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+def chosen_uri(config: Config) -> str:
+    """tracking.uri, else MLFLOW_TRACKING_URI, else empty."""
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+
+
+def store_uri(uri: str, run_dir: Path) -> str:
+    """The address of an MLflow store; an SQLite file beside the run folder where it is empty. Raises ConfigError."""
     if not uri:
         return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
     scheme = uri.partition(":")[0].partition("+")[0]
+    require(
+        scheme != "file",
+        f"tracking.uri={mask(uri)} (or MLFLOW_TRACKING_URI) is a folder, which MLflow takes no more. Use "
+        f"sqlite:///{uri.removeprefix('file:').removeprefix('//').rstrip('/')}/mlflow.db, or leave it out.",
+    )
     require(
         scheme in SCHEMES or uri == "databricks",
         f"tracking.uri={mask(uri)} (or MLFLOW_TRACKING_URI) is no MLflow store: it begins with {scheme!r}. Use one of: "
         f"{', '.join(SCHEMES)}.",
     )
     return uri
+
+
+def artifact_location(uri: str, folder: Path) -> str | None:
+    """For an experiment that is made: a server has a place of its own; with others MLflow's is the folder that the command was
+    typed in, and this is one in `folder`."""
+    served = uri.startswith(("http", "databricks"))
+    return None if served else (folder.resolve() / "mlartifacts").as_uri()
 
 
 def connect(uri: str) -> Any:
@@ -70,10 +91,11 @@ def connect(uri: str) -> Any:
 
 class Store:
     def __init__(self, run_dir: Path, config: Config | None = None):
-        """config: default: the one that the run folder holds. Raises ConfigError where that cannot be read."""
-        self.run_dir = run_dir
+        """config: the training's own, which alone chooses a store and begins another MLflow run where its own is gone. Tools
+        give none and go where the training went. Raises ConfigError where the run folder cannot be read."""
+        self.run_dir, self.is_training = run_dir, config is not None
         self.config = config or read_config(run_dir / "config.yaml")
-        self.uri = store_uri(self.config, run_dir)
+        self.uri = store_uri(chosen_uri(self.config) if self.is_training else self._known_uri(), run_dir)
         self.client: Any = None
         self.run_id: str | None = None
         self._forget()
@@ -84,8 +106,8 @@ class Store:
             if self.run_id is None:
                 self._open()
             more = self._send_rows(rows_at_once)
-            self._send_outbox()
             self._send_status()
+            self._send_outbox()
         except BaseException:
             self._forget()
             raise
@@ -95,6 +117,11 @@ class Store:
         """After a failure nobody knows what has arrived: ask again."""
         self.run_id, self.offset, self.present, self.status = None, 0, set(), None
 
+    def _known_uri(self) -> str:
+        """Of the training's last start. Its credentials, which are not kept, come from the same variable as then."""
+        chosen, known = chosen_uri(self.config), read_identity(self.run_dir).get("uri")
+        return chosen if self.config.tracking.uri or known in (None, without_credentials(chosen)) else known
+
     # The run
 
     def _open(self) -> None:
@@ -102,7 +129,7 @@ class Store:
             self.client = connect(self.uri)
         identity = read_identity(self.run_dir)
         require(bool(identity), f"{self.run_dir} was not trained with tracking: there is nothing to be sent.")
-        self.experiment_id = self._experiment(identity["experiment"])
+        self.experiment_id = self._experiment(mask(identity["experiment"]))
         run_id = self._known_run() or self._find(TRAINING, identity["training"]) or self._create(identity)
         if read_run_id(self.run_dir) != run_id:
             write_atomic(self.run_dir / RUN_ID, run_id + "\n")
@@ -114,8 +141,7 @@ class Store:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is not None:
             return experiment.experiment_id
-        # Beside the database: artifacts must not land in whatever folder the command was typed in.
-        beside = (self.run_dir.resolve().parent / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
+        beside = artifact_location(self.uri, self.run_dir.resolve().parent)
         return self.client.create_experiment(name, artifact_location=beside)
 
     def _known_run(self) -> str | None:
@@ -135,6 +161,11 @@ class Store:
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
                 raise
+        require(
+            self.is_training,
+            f"MLflow run {run_id} of {self.run_dir} is not in {mask(self.uri)}, or deleted there. Only a training may begin "
+            "another one: start it again, or set tracking.uri in its config.yaml to the store that has the run.",
+        )
         log.warning(
             "MLflow run %s is not in %s, or deleted there: this training goes on as a new run", run_id, mask(self.uri)
         )
@@ -149,7 +180,7 @@ class Store:
     def _create(self, identity: Mapping[str, Any]) -> str:
         tags = {TRAINING: identity["training"]}
         return self.client.create_run(
-            self.experiment_id, start_time=identity["started"], tags=tags, run_name=identity["name"]
+            self.experiment_id, start_time=identity["started"], tags=tags, run_name=mask(identity["name"])
         ).info.run_id
 
     def _describe(self, run_id: str, identity: Mapping[str, Any]) -> None:
@@ -157,10 +188,10 @@ class Store:
         from mlflow.entities import Param, RunTag
 
         run = self.client.get_run(run_id)
-        tags = dict(identity["tags"])
+        tags = {key: mask(str(value)) for key, value in identity["tags"].items()}
         if identity.get("sweep"):
-            tags[PARENT] = self._sweep(identity["sweep"])
-        changed = [RunTag(key, str(value)) for key, value in tags.items() if run.data.tags.get(key) != str(value)]
+            tags[PARENT] = self._sweep(mask(identity["sweep"]))
+        changed = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
         params = flatten(masked(config_values(self.config)))
         missing = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in params if key not in run.data.params]
         if changed:
@@ -211,27 +242,58 @@ class Store:
         self.offset = rows[-1][1]
 
     def _send_outbox(self) -> None:
+        """One entry that does not arrive keeps no other one from it; the first error is raised at the end."""
+        first_error = None
         for path in outbox(self.run_dir):
             claimed = claim(path)
-            entry = json.loads(claimed.read_text())
-            match entry["kind"]:
-                case "metrics":
-                    self._send_late(entry)
-                case "artifact":
-                    self._upload(self.run_id, entry["path"], entry["folder"])
-                case "evaluation":
-                    self._send_evaluation(entry)
-            claimed.unlink()
+            try:
+                self._send_entry(json.loads(claimed.read_text()))
+                claimed.unlink()
+            except Exception as error:
+                run = self.client.get_run(self.run_id)  # raises where the store is away: it would take no other entry
+                if not is_refusal(error) or run.info.lifecycle_stage != "active":
+                    first_error = first_error or error
+                    continue
+                refused = self.run_dir / TRACKING / "refused" / claimed.name.removeprefix(CLAIMED)
+                refused.parent.mkdir(exist_ok=True)
+                claimed.rename(refused)
+                log.error("MLflow refuses what is now in %s: %s", refused, mask(str(error)))
+        if first_error is not None:
+            raise first_error
+
+    def _send_entry(self, entry: Mapping[str, Any]) -> None:
+        match entry["kind"]:
+            case "metrics":
+                self._send_late(entry)
+            case "row":
+                self._complete_row(entry)
+            case "artifact":
+                self._upload(self.run_id, entry["path"], entry["folder"])
+            case "evaluation":
+                self._send_evaluation(entry)
 
     def _send_late(self, entry: Mapping[str, Any]) -> None:
         """More of a step that has its row already."""
         from mlflow.entities import Metric
 
-        first = next(iter(entry["values"]))
+        first = metric_name(next(iter(entry["values"])))
         if any(metric.timestamp == entry[TIME] for metric in self.client.get_metric_history(self.run_id, first)):
             return
         row = {"step": entry["step"], TIME: entry[TIME], **entry["values"]}
         self.client.log_batch(self.run_id, metrics=list(metrics_of(Metric, row)))
+
+    def _complete_row(self, entry: Mapping[str, Any]) -> None:
+        """What MLflow lacks of a step that was done again: all of it is there if the row itself was sent."""
+        from mlflow.entities import Metric
+
+        row = {"step": entry["step"], TIME: entry[TIME], **entry["values"]}
+        lacking = [
+            metric
+            for metric in metrics_of(Metric, row)
+            if entry["step"] not in {known.step for known in self.client.get_metric_history(self.run_id, metric.key)}
+        ]
+        for batch in batches(lacking):
+            self.client.log_batch(self.run_id, metrics=batch)
 
     def _send_evaluation(self, entry: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric
@@ -241,7 +303,7 @@ class Store:
             tags = {EVALUATION: entry["id"], PARENT: self.run_id}
             run_id = self.client.create_run(self.experiment_id, entry[TIME], tags, mask(entry["title"])).info.run_id
         present = self.client.get_run(run_id).data.metrics
-        values = {key: value for key, value in entry["values"].items() if key not in present}
+        values = {key: value for key, value in entry["values"].items() if metric_name(key) not in present}
         row = {"step": entry["step"] or 0, TIME: entry[TIME], **values}
         for batch in batches(list(metrics_of(Metric, row))):
             self.client.log_batch(run_id, metrics=batch)
@@ -257,8 +319,8 @@ class Store:
         if path.is_dir():
             for file in sorted(file for file in path.rglob("*") if file.is_file()):
                 self._upload(run_id, str(file), str(Path(folder, path.name, file.parent.relative_to(path))))
-        elif path.suffix in TEXT and path.stat().st_size <= TEXT_BYTES:
-            self.client.log_text(run_id, mask(path.read_text(errors="replace")), str(Path(folder) / path.name))
+        elif (text := read_text(path)) is not None and (shown := mask(text)) != text:
+            self.client.log_text(run_id, shown, str(Path(folder) / path.name))
         else:
             self.client.log_artifact(run_id, str(path), folder or None)
 
@@ -276,7 +338,32 @@ class Store:
 def metrics_of(metric: type, row: Mapping[str, Any]) -> Iterator[Any]:
     for key, value in row.items():
         if key not in ("step", TIME):
-            yield metric(key, float(value), row.get(TIME) or now(), row["step"])
+            yield metric(metric_name(key), float(value), row.get(TIME) or now(), row["step"])
+
+
+def metric_name(key: str) -> str:
+    """As MLflow takes it: letters, digits, _ - . : / and spaces, as a relative path. Names of sweeps' folders have others."""
+    return posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", key)).lstrip("./")[:NAME_LENGTH] or "_"
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether MLflow was reached and would say the same again."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.error_code in REFUSALS
+
+
+def read_text(path: Path) -> str | None:
+    """Of a file that is UTF-8, or is called a text; None for others, of which the first piece alone is read as a rule."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace" if path.suffix in TEXT else "strict")
+    pieces = []
+    with open(path, "rb") as file:
+        try:
+            while piece := file.read(1 << 20):
+                pieces.append(decoder.decode(piece))
+            return "".join([*pieces, decoder.decode(b"", final=True)])
+        except UnicodeDecodeError:
+            return None
 
 
 def batches(metrics: list[Any]) -> Iterator[list[Any]]:

@@ -11,7 +11,7 @@ import shlex
 import socket
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ from piflow_dist.tracking.journal import (
     write_identity,
 )
 from piflow_dist.tracking.lineage import write_lineage
-from piflow_dist.tracking.secrets import mask
-from piflow_dist.tracking.store import Store, open_store, store_uri
+from piflow_dist.tracking.secrets import mask, without_credentials
+from piflow_dist.tracking.store import Store, chosen_uri, open_store, store_uri
 
 __all__ = [
     "METRICS",
@@ -52,7 +52,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 200
-"""Of a backlog: between two such portions the thread looks whether it is to end."""
+"""Of a backlog: after each such portion the outbox is sent, which need not wait for the whole of it."""
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0
 """Seconds between attempts to reach a store that does not answer: twice as long each time."""
 IDLE = 30.0
@@ -61,7 +61,7 @@ IDLE = 30.0
 
 def tracking_uri(config: Config) -> str:
     """tracking.uri, else MLFLOW_TRACKING_URI, else an SQLite file beside the run folder."""
-    return store_uri(config, Path(config.run_dir))
+    return store_uri(chosen_uri(config), Path(config.run_dir))
 
 
 def ui_command(uri: str) -> str:
@@ -99,7 +99,12 @@ class Tracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record step (from 1)."""
-        self.metrics_file.write({"step": step, **values, TIME: now()})
+        row = {"step": step, **values, TIME: now()}
+        self.metrics_file.write(row)
+        # MLflow may have the row of before a kill, and takes no other: saves are complete at other steps now.
+        before = self.metrics_file.dropped.pop(step, row.keys())
+        if more := {key: value for key, value in row.items() if key not in before}:
+            self._post(post, "row", step=step, values=more, **{TIME: row[TIME]})
         self.waiting += 1
         if self.waiting >= self.every:
             self.waiting = 0
@@ -107,23 +112,21 @@ class Tracker:
 
     def log_late(self, step: int, values: Mapping[str, float]) -> None:
         """More of a step that has its row already: what is known when its checkpoint is complete goes to MLflow alone."""
-        if values and self.sender is not None:
-            post(self.run_dir, "metrics", step=step, values=dict(values))
+        if values:
+            self._post(post, "metrics", step=step, values=dict(values))
             self._wake()
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Send a file, or all files of a folder, which stay where they are until then. Returns at once."""
-        if self.sender is not None:
-            post_artifact(self.run_dir, path, folder)
-            self._wake()
+        self._post(post_artifact, path, folder)
+        self._wake()
 
     def log_evaluation(
         self, name: str, values: Mapping[str, float], artifacts: Sequence[Path] = (), step: int | None = None
     ) -> None:
         """A child run of the training's with values and files. Returns at once."""
-        if self.sender is not None:
-            post_evaluation(self.run_dir, name, values, artifacts, step)
-            self._wake()
+        self._post(post_evaluation, name, values, artifacts, step)
+        self._wake()
 
     def checkpoints_changed(self) -> None:
         """A save is complete: which checkpoint came from which is written anew, by the thread."""
@@ -147,6 +150,15 @@ class Tracker:
                 "MLflow has not got everything yet. `%s tools/track.py sync %s` sends the rest; so does the next start.",
                 *(program("python"), self.run_dir),
             )
+
+    def _post(self, put: Callable[..., None], *content: Any, **named: Any) -> None:
+        """Into the outbox. A full disk costs this, and not the training."""
+        if self.sender is None:
+            return
+        try:
+            put(self.run_dir, *content, **named)
+        except OSError as error:
+            log.error("%s takes nothing more for MLflow: %s. Training goes on; this is lost.", self.run_dir, error)
 
     def _wake(self) -> None:
         if self.sender is not None:
@@ -266,6 +278,7 @@ def describe_run(config: Config, first_step: int, world_size: int) -> dict[str, 
         "sweep": config.tracking.sweep,
         "started": before.get("started", now()),
         "tags": tags,
+        "uri": without_credentials(chosen_uri(config)),  # empty: beside the run folder, wherever that is moved
         "status": "RUNNING",
     }
 
@@ -298,8 +311,9 @@ def log_evaluation(
         with only_user(run_dir / TRACKING / ".lock", f"tracking of {run_dir}"):
             store.sync()
         return True
-    except ConfigError:
-        return False  # the training, which lives, sends it
+    except ConfigError as error:  # the training lives, and sends it; or the store has lost the training's run
+        log.warning("%s waits in %s: %s", name, run_dir / TRACKING / "outbox", error)
+        return False
     except Exception as error:  # whatever MLflow, requests or a database driver raise
         log.warning(
             "MLflow (%s) cannot be reached: %s. `tools/track.py sync %s` sends %s later.",

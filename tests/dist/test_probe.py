@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from piflow_dist.checkpoint.files import newest_complete
-from piflow_dist.config import Config, DataConfig, DistillConfig, GuidanceConfig, PolicyConfig, ScheduleConfig, read_config
+from piflow_dist.config import Config, DataConfig, DistillConfig, GuidanceConfig, PolicyConfig, ScheduleConfig, TrackingConfig, read_config
 from piflow_dist.distill import probe
 from piflow_dist.distill.objectives import Batch, build_schedule
 from piflow_dist.tracking.tracker import METRICS, read_metrics
+from piflow_dist.train import probe_batch
 
 
 def test_a_probed_training_is_the_same_to_the_bit(student_run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -31,6 +32,30 @@ def test_a_probed_training_is_the_same_to_the_bit(student_run: Path, tiny_data: 
     assert all(0 < row[f"probe/segment_{i}"] < 10 for row in found if row["step"] in probed for i in (1, 2, 3, 4))
     weights, others = (read_weights(newest_complete(run / "checkpoints")[0]) for run in (run_dir, student_run))
     assert all(torch.equal(weights[name], others[name]) for name in others)
+
+
+def test_the_probes_images_are_the_same_on_any_number_of_ranks(tiny_data: Path) -> None:
+    config = Config(
+        run_dir="unused",
+        distill=DistillConfig(teacher="unused"),
+        data=DataConfig(root=str(tiny_data)),
+        tracking=TrackingConfig(probe_images=5),
+    )
+
+    def images(dp_size: int) -> tuple[Tensor, Tensor]:
+        """Noises and prompts of all ranks that count, one after another."""
+        shares = []
+        for dp_rank in range(dp_size):
+            place = SimpleNamespace(dp_rank=dp_rank, dp_size=dp_size, device=torch.device("cpu"))
+            shares.append(probe_batch(config, place, torch.zeros(1, 64), (16, 4, 4)))
+        assert len({len(counts_B) for _, counts_B in shares}) == 1
+        chosen = [(batch.x0_BCHW[counts_B > 0], batch.text_BLD[counts_B > 0]) for batch, counts_B in shares]
+        return tuple(torch.cat(parts) for parts in zip(*chosen, strict=True))
+
+    noise_BCHW, text_BLD = images(1)
+    assert len(noise_BCHW) == len(text_BLD) == 5 and len(noise_BCHW.unique(dim=0)) == 5
+    for dp_size in (2, 3, 8):
+        assert all(torch.equal(a, b) for a, b in zip(images(dp_size), (noise_BCHW, text_BLD), strict=True))
 
 
 class Straight:

@@ -30,11 +30,11 @@ def model(student_run: Path, tiny_data: Path, uri: str, tmp_path_factory: pytest
     done = run_tool("track", "register", str(exported), *options)
     assert done.returncode == 0 and f"models:/{NAME}/1" in done.stdout, done.stdout
     before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
+    mlflow.set_tracking_uri(uri)  # and the variable, for all processes that are started later
     try:
         return mlflow.pyfunc.load_model(f"models:/{NAME}/1")
     finally:
-        mlflow.set_tracking_uri(None)  # takes the variable away too, by which processes of later tests would find this store
+        mlflow.set_tracking_uri(None)
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
 

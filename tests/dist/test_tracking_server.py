@@ -55,10 +55,11 @@ def on_disk(run_dir: Path, key: str = "loss") -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in read_metrics(run_dir / METRICS)]
 
 
-def test_a_training_killed_three_times_under_a_server_that_dies_is_one_run(
+def test_a_training_killed_four_times_under_a_server_that_dies_is_one_run(
     server: MlflowServer, student_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """The server is away at the start, is killed under the third life, and comes back under the fourth."""
+    """The server is away at the start, is killed under the third life, comes back under the fourth and is killed again; the fifth
+    one ends without it."""
     run_dir = tmp_path / "runs" / "student"
     run_dir.parent.mkdir()
     arguments = [
@@ -94,6 +95,15 @@ def test_a_training_killed_three_times_under_a_server_that_dies_is_one_run(
     assert life.kill(Aim("step", 12, 0, 0), LIMIT) == "rank 0", (tmp_path / "log").read_text()
     life.wait(LIMIT)
 
+    life = live()
+    life.wait_for(lambda: life.step() > life.first_step, LIMIT)
+    sent = on_disk(run_dir)[-1][0]
+    server.start()
+    life.wait_for(lambda: curve(server, run_id)[-1][0] > sent, LIMIT)
+    server.kill()
+    assert life.kill(Aim("step", 0, 0, 0), LIMIT) == "rank 0", (tmp_path / "log").read_text()
+    life.wait(LIMIT)
+
     last = on_disk(run_dir)[-1][0] + 10
     life = live(last)
     assert life.wait(LIMIT) == 0, (tmp_path / "log").read_text()
@@ -107,7 +117,7 @@ def test_a_training_killed_three_times_under_a_server_that_dies_is_one_run(
     assert run.info.run_id == run_id and run.info.status == "FINISHED"
     for key in ("loss", "grad_norm"):
         assert curve(server, run_id, key) == on_disk(run_dir, key)
-    assert run.data.tags["starts"] == "4" and not outbox(run_dir)
+    assert run.data.tags["starts"] == "5" and not outbox(run_dir)
 
 
 def find_teacher(student_run: Path) -> str:
@@ -145,6 +155,11 @@ def test_a_server_that_is_killed_or_silent_costs_no_metric(server: MlflowServer,
     tracker.log_artifact(write(tmp_path / "grid.png"), "grids")
     assert not log_evaluation(run_dir, "FID", {"fid": 3.5}, [write(tmp_path / "report.html")], step=7)
     server.go_on()
+    until(lambda: tracker.flush(10), steps)
+    server.kill()
+    steps(50)
+    assert not tracker.flush(60)
+    server.start()
     until(lambda: tracker.flush(10), steps)
     until(lambda: not outbox(run_dir), tracker.sender.wake.set)
     tracker.log_late(count, {"checkpoint_stall": 0.5})

@@ -154,3 +154,23 @@ def test_every_image_counts_for_its_own_segment_and_noise_levels() -> None:
     wanted = {"1.0": 1.0, "0.6": 4.0, "0.5": 9.0, "0.1": (4 + 9) / 2}
     assert_close(by_sigma, {f"loss_sigma/{name}": half * value for name, value in sorted(wanted.items())})
     assert values["velocity_error_segment/1"] == values["velocity_error"] == 1.0
+
+
+def test_what_is_not_finite_stays_with_its_segment_and_noise_level() -> None:
+    """Of four images, one in each segment and at a noise level of its own, the first one's prediction is not a number."""
+    found, prediction = meter(), torch.ones(1, 4, C, H, W)
+    prediction[:, 0] = float("nan")
+    sigma_MB = torch.tensor([[0.95, 0.75, 0.55, 0.35]])
+    out = ImitationOutput(
+        loss=torch.tensor(0.0),
+        loss_B=torch.zeros(4),
+        prediction=prediction,
+        target=torch.full_like(prediction, 2.0),
+        sigma_MB=sigma_MB,
+        finish=lambda: prediction[0],
+    )
+    found.add_imitation(out, {"out": normal(4, 3, C, H, W)}, torch.arange(4))
+    values = found.read(tp=1)
+    for name, others in (("loss_segment", (2, 3, 4)), ("loss_sigma", (0.8, 0.6, 0.4))):
+        assert [values[f"{name}/{i}"] for i in others] == pytest.approx([LOSS_SCALE / 2] * 3)
+    assert math.isnan(values["loss_segment/1"]) and math.isnan(values["loss_sigma/1.0"])

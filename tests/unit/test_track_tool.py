@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -12,7 +13,7 @@ from conftest import load_tool
 from piflow_dist.config import Config, DataConfig, OptimConfig, TrackingConfig, save_config
 from piflow_dist.launch.console import StepLine, StepProgress
 from piflow_dist.tracking.comparison import read_training
-from piflow_dist.tracking.journal import now, outbox, post_artifact
+from piflow_dist.tracking.journal import now, outbox, post, post_artifact
 from piflow_dist.tracking.lineage import write_lineage
 from piflow_dist.tracking.store import PARENT, SWEEP
 from piflow_dist.tracking.tracker import Tracker, log_evaluation
@@ -101,6 +102,10 @@ def test_more_images_per_second_are_better(said: Callable[..., str], runs: list[
         (["compare", "{run}", "{run}", "metric=x"], "It has: "),
         (["sync", "/proc"], "no run folder"),
         (["open", "nowhere"], "no run folder"),
+        (
+            ["register", "x", "name=y", "dataset=s3://ada:hunter2hunter2@bucket/set"],
+            "dataset=s3://***@bucket/set holds",
+        ),
         (["fly"], "Choose one of: compare"),
         (["best", "--metric"], "needs a value"),
     ],
@@ -126,6 +131,20 @@ def test_sync_sends_what_waits_once(said: Callable[..., str], runs: list[str], s
     assert [file.path for file in client.list_artifacts(run_id, "late")] == ["late/report.md"]
 
 
+def test_a_password_is_no_argument_of_the_page(said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def run(command: list[str], **options: dict[str, str]) -> SimpleNamespace:
+        started.append((command, options["env"]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("subprocess.run", run)
+    uri = "postgresql://ada:hunter2hunter2@host/db"
+    assert "hunter2" not in said("open", f"uri={uri}")
+    ((command, variables),) = started
+    assert "hunter2" not in " ".join(command) and variables["MLFLOW_BACKEND_STORE_URI"] == uri
+
+
 def test_a_sweep_is_the_parent_and_an_evaluation_a_child(runs: list[str], sweep: Path) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{sweep.parent}/mlflow.db")
     first, second = (client.get_run((Path(run) / "mlflow_run_id").read_text().strip()) for run in runs)
@@ -137,6 +156,23 @@ def test_a_sweep_is_the_parent_and_an_evaluation_a_child(runs: list[str], sweep:
     (metric,) = client.get_metric_history(child.info.run_id, "fid")
     assert metric.step == 12
     assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["report.md"]
+
+
+def test_an_entry_that_mlflow_refuses_holds_up_no_other(
+    said: Callable[..., str], runs: list[str], sweep: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = Path(runs[1])
+    post(run_dir, "metrics", step="last", values={"late": 1.0})  # no number
+    values = {"optim.lr=0.1,policy=dx/fid": 1.5, "/a//b": 2.5}
+    assert log_evaluation(run_dir, "names", values, [sweep / "report.md"])
+    (refused,) = (run_dir / "tracking" / "refused").iterdir()
+    assert json.loads(refused.read_text())["step"] == "last" and str(refused) in caplog.text
+    client = mlflow.MlflowClient(f"sqlite:///{sweep.parent}/mlflow.db")
+    run = client.get_run((run_dir / "mlflow_run_id").read_text().strip())
+    assert run.info.status == "FINISHED" and not outbox(run_dir)
+    (child,) = client.search_runs([run.info.experiment_id], "attributes.run_name = 'names'")
+    assert child.data.metrics == {"optim.lr_0.1_policy_dx/fid": 1.5, "a/b": 2.5}
+    assert "0 things wait" in said("sync", str(run_dir))
 
 
 def write_checkpoint(run_dir: Path, step: int, parent: str | None) -> Path:

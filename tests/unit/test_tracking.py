@@ -8,14 +8,15 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from piflow_dist.config import CheckpointConfig, Config, DataConfig, TrackingConfig, save_config
-from piflow_dist.tracking.journal import write_identity
-from piflow_dist.tracking.store import Store
+from piflow_dist.config import CheckpointConfig, Config, ConfigError, DataConfig, TrackingConfig, save_config
+from piflow_dist.tracking.journal import outbox, write_identity
+from piflow_dist.tracking.store import Store, artifact_location
 from piflow_dist.tracking.tracker import (
     METRICS,
     RUN_ID,
     Tracker,
     describe_run,
+    log_evaluation,
     read_metrics,
     tracking_uri,
     ui_command,
@@ -170,6 +171,27 @@ def test_a_continued_run_is_the_same_run_with_every_step_once(config: Config, ch
     assert run.data.tags["world_size"] == "4"
 
 
+@pytest.mark.parametrize("sent", [True, False], ids=["the store has the first life", "it has not"])
+def test_what_a_step_that_is_done_again_has_more_arrives_once(config: Config, sent: bool) -> None:
+    """The first life's save was complete by step 3, the second one's by step 4, which MLflow may have already, and 6."""
+    config.tracking.enabled = sent
+    tracker = Tracker(config, 1, 1)
+    for step in range(1, 6):
+        tracker.log(step, {"loss": 1 / step} | ({"checkpoint_stall": 3.0} if step == 3 else {}))
+    assert tracker.flush(60)
+    config.tracking.enabled = True
+    again = Tracker(config, 3, 1)
+    for step in range(3, 8):
+        again.log(step, {"loss": 1 / step} | ({"checkpoint_stall": float(step)} if step in (4, 6) else {}))
+    assert again.flush(60)
+    again.close("FINISHED")
+    assert Store(Path(config.run_dir)).sync()
+    run = only_run(config)
+    assert mlflow_rows(config, run) == losses(7)
+    first = [(3, 3.0)] if sent else []
+    assert mlflow_rows(config, run, "checkpoint_stall") == [*first, (4, 4.0), (6, 6.0)]
+
+
 @pytest.mark.parametrize("told", [True, False], ids=["the store has it", "the store has it not"])
 def test_an_end_between_sending_and_knowing_sends_nothing_twice(config: Config, told: bool) -> None:
     """After the first of two messages; the sender cannot know whether the second one arrived."""
@@ -229,6 +251,19 @@ def test_a_failed_run_is_marked_and_has_its_last_steps(config: Config) -> None:
     assert only_run(config).info.status == "FINISHED" and mlflow_rows(config, only_run(config)) == losses(5)
 
 
+def test_an_outbox_that_takes_nothing_ends_no_training(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(config, 1, 1)
+    assert tracker.flush(60)
+    (Path(config.run_dir) / "tracking" / "outbox").rename(Path(config.run_dir) / "aside")
+    (Path(config.run_dir) / "tracking" / "outbox").touch()  # as a full disk, a folder cannot be written to
+    tracker.log_late(1, {"checkpoint_stall": 1.0})
+    tracker.log_artifact(Path(config.run_dir) / "config.yaml")
+    tracker.log_evaluation("FID", {"fid": 1.0})
+    assert caplog.text.count("this is lost") == 3
+    record(tracker, 1, 2)
+    assert mlflow_rows(config, only_run(config)) == losses(2)
+
+
 def test_more_numbers_than_one_message_may_hold(config: Config) -> None:
     config.tracking.log_every = 600
     tracker = Tracker(config, 1, 1)
@@ -270,6 +305,35 @@ def test_a_store_without_the_saved_run_gets_a_new_one(config: Config, caplog: py
 # Where the runs are
 
 
+def test_tools_go_where_the_training_went(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from a shell without the training's variables, or with others; and they begin no run of their own there."""
+    uri, run_dir, config.tracking.uri = config.tracking.uri, Path(config.run_dir), None
+    save_config(config, run_dir / "config.yaml")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracker = Tracker(config, 1, 1)
+    record(tracker, 1, 2)
+    tracker.close("FINISHED")
+    for elsewhere in ("", "http://elsewhere"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", elsewhere)
+        assert Store(run_dir).uri == uri and log_evaluation(run_dir, f"with {elsewhere}", {"fid": 1.0})
+    run_id = (run_dir / RUN_ID).read_text()
+    mlflow.MlflowClient(tracking_uri=uri).delete_run(run_id.strip())
+    assert not log_evaluation(run_dir, "later", {"fid": 1.0}) and len(outbox(run_dir)) == 1
+    with pytest.raises(ConfigError, match="Only a training"):
+        Store(run_dir).sync()
+    assert (run_dir / RUN_ID).read_text() == run_id
+
+
+def test_the_run_folder_names_the_store_without_its_password(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, run_dir, config.tracking.uri = "postgresql://ada:hunter2hunter2@host/db", Path(config.run_dir), None
+    save_config(config, run_dir / "config.yaml")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    write_identity(run_dir, describe_run(config, 1, 1))
+    assert "hunter2" not in (run_dir / "tracking" / "run.json").read_text() and Store(run_dir).uri == uri
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert Store(run_dir).uri == "postgresql://host/db"
+
+
 def test_the_store_is_the_option_or_the_variable_or_beside_the_run(
     offline: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -281,6 +345,18 @@ def test_the_store_is_the_option_or_the_variable_or_beside_the_run(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.chdir(tmp_path)
     assert tracking_uri(offline) == f"sqlite:///{tmp_path}/outputs/demo/mlflow.db"  # absolute: four slashes
+
+
+def test_artifacts_do_not_land_where_the_command_was_typed(tmp_path: Path) -> None:
+    for uri in ("sqlite:////a/mlflow.db", "postgresql://host/db", "mysql+pymysql://host/db"):
+        assert artifact_location(uri, tmp_path) == f"file://{tmp_path}/mlartifacts"
+    assert artifact_location("https://host", tmp_path) is None
+
+
+def test_a_folder_is_no_store(offline: Config) -> None:
+    offline.tracking.uri = "file:///runs/mlruns"
+    with pytest.raises(ConfigError, match="sqlite:////runs/mlruns/mlflow.db"):
+        tracking_uri(offline)
 
 
 def test_the_command_that_shows_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,15 @@ SECRET = "hunter2hunter2"
         f'{{"auth_token": "{SECRET}"}}',
         f"MLFLOW_TRACKING_PASSWORD='{SECRET} {SECRET}'",
         f"Authorization: Bearer {SECRET}",
+        f"postgresql://ada:pa/{SECRET}@host/db",
+        f"https://ada:p@{SECRET}@host",
+        f"bearer_token: Bearer {SECRET}",
+        f"db_pwd={SECRET}",
+        f"AccountKey={SECRET}",
+        f"STORE_KEY={SECRET}",
+        f"passphrase: {SECRET}",
+        f"mlflow --password {SECRET} --port 5000",
+        f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}\n-----END RSA PRIVATE KEY-----",
         f"hf_{SECRET}abcd",
         f"ghp_{SECRET}abcd",
     ],
@@ -46,6 +55,9 @@ def test_secrets_are_found_by_their_looks(text: str) -> None:
         "api_key: null",
         "3 x 8 GPUs, key=value",
         "git@host.org:group/repo.git",
+        "--use-token --port 5000",
+        "cache_key = key(value)",
+        "http://127.0.0.1:5000 by ada@host.org",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
@@ -76,13 +88,13 @@ def test_no_secret_reaches_the_store_the_log_or_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the address of the data, of the store, in a variable, in the code's difference and remote, in a report."""
-    run_dir = tmp_path / "runs" / "run"
+    run_dir = tmp_path / "runs" / f"password={SECRET}"
     run_dir.mkdir(parents=True)
     config = Config(
         run_dir=str(run_dir),
         objective="flow_matching",
         data=DataConfig(root=f"s3://ada:{SECRET}@bucket/set?token={SECRET}"),
-        tracking=TrackingConfig(experiment="secrets", log_every=1),
+        tracking=TrackingConfig(experiment=f"secret={SECRET}", sweep=f"token={SECRET}", log_every=1),
     )
     save_config(config, run_dir / "config.yaml")
     assert SECRET in (run_dir / "config.yaml").read_text()  # training needs it
@@ -92,11 +104,18 @@ def test_no_secret_reaches_the_store_the_log_or_the_terminal(
     tracker.log(1, {"loss": 1.0})
     (tmp_path / "report.html").write_text(f"<p>{SECRET}</p>")
     tracker.log_artifact(tmp_path / "report.html")
+    for name in ("notes.toml", "long.txt"):
+        (tmp_path / name).write_text(f"{SECRET}\n" + "long\n" * (2 << 20 if name == "long.txt" else 1))
+        tracker.log_artifact(tmp_path / name)
+    (tmp_path / "grid.png").write_bytes(bytes(range(256)))
+    tracker.log_artifact(tmp_path / "grid.png")
     tracker.log_evaluation(f"with {SECRET}", {"fid": 1.0}, [tmp_path / "report.html"])
     assert tracker.flush(120)
     tracker.close("FINISHED")
     store = [path for path in run_dir.parent.rglob("*") if path.is_file() and run_dir not in path.parents]
-    assert {"mlflow.db", "config.yaml", "report.html", "code.patch"} <= {path.name for path in store}
+    assert {"mlflow.db", "config.yaml", "report.html", "code.patch", "notes.toml", "long.txt"} <= {
+        path.name for path in store
+    }
     assert [path for path in store if SECRET.encode() in path.read_bytes()] == []
     assert SECRET not in (run_dir / "tracking" / "code.patch").read_text()
 
@@ -104,7 +123,7 @@ def test_no_secret_reaches_the_store_the_log_or_the_terminal(
     assert SECRET not in ui_command(config.tracking.uri)
     broken = Tracker(config, 2, 1)
     assert not broken.flush(120)
-    assert "cannot be reached" in caplog.text and SECRET not in caplog.text
+    assert "cannot be reached" in caplog.text and SECRET not in caplog.text.replace(str(run_dir), "")
     line = MaskingFormatter("%(message)s").format(logging.makeLogRecord({"msg": config.tracking.uri}))
     assert SECRET not in line
     with pytest.raises(Exception) as error:  # noqa: PT011  (whatever MLflow raises)
