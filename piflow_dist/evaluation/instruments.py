@@ -60,12 +60,11 @@ def open_tools(config: EvaluateConfig, share: Share, sample: Tensor | None) -> T
         reward = attempt(entry.partition(":")[2], lambda entry=entry: Reward.load(entry))
         tools.rewards += [reward] if reward is not None else []
     source = config.real or config.dataset
-    if tools.network is not None and source is not None:
-        tools.real = attempt(
-            "real",
-            lambda: real_statistics(
-                source, config.real_split, tools.network, share, config.batch_size, Path(config.cache)
-            ),
+    if source is not None and not Path(source).exists():
+        tools.notes["real"] = f"real={source} does not exist."
+    elif tools.network is not None and source is not None:
+        tools.real = real_statistics(
+            source, config.real_split, tools.network, share, config.batch_size, Path(config.cache)
         )
     elif source is None:
         tools.notes["real"] = "there are no real images. Set real= to a prepared set, a folder of images or statistics."

@@ -7,6 +7,8 @@ import torch
 
 from piflow_dist.config import ConfigError
 from piflow_dist.evaluation import instruments
+from piflow_dist.evaluation.compare import check_names
+from piflow_dist.evaluation.folder import SampleList
 from piflow_dist.evaluation.run import check_reference
 from piflow_dist.evaluation.samples import EvaluationError
 from piflow_dist.evaluation.settings import EvaluateConfig, load_evaluation, sample_settings
@@ -42,3 +44,10 @@ def test_no_small_network_in_place_of_a_missing_inception(tmp_path: Path, monkey
     config = EvaluateConfig(samples=["x"], inception=str(tmp_path / "nowhere"), dataset=str(tmp_path))
     tools = instruments.open_tools(config, Share(0, 1, torch.device("cpu")), None)
     assert tools.network is None and "nowhere" in tools.notes["features"]
+
+
+def test_folders_of_one_name_are_refused() -> None:
+    folders = [SampleList(Path(path), {}, []) for path in ("a/samples", "b/samples")]
+    check_names(folders[:1])
+    with pytest.raises(EvaluationError, match="both named samples"):
+        check_names(folders)
