@@ -378,7 +378,7 @@ def train(run: Run, tracker: Tracker | None) -> bool:
             if run.evaluation.is_due(state.step) and not stop:
                 run.metrics |= evaluate(run, tracker)
             if tracker is not None:
-                tracker.log(state.step, run.metrics | figures | settled)
+                tracker.log(state.step, figures | run.metrics | settled)
                 if figures or settled:
                     tracker.checkpoints_changed()
                 progress.update(state.step, line(run.metrics, next_save(config.checkpoint, state.step)))

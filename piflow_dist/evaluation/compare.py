@@ -37,6 +37,18 @@ RESULT = "result.json"
 SMALL = 32
 """Edge that images are reduced to for distances between pixels."""
 READERS = 4
+OF_FEATURES = (
+    "inception_score",
+    "fid",
+    "kid",
+    "precision",
+    "recall",
+    "patch_fid",
+    "diversity",
+    "fid_reference",
+    "prompt_accuracy",
+)
+"""Metrics that a feature network gives."""
 
 
 @dataclass
@@ -70,7 +82,10 @@ def look_at(
             for place, image in enumerate(images):
                 rows["pixels"][indices[place]] = reduced(image)
             if tools.network is not None:
-                add_features(rows, tools.network, images, indices)
+                try:
+                    add_features(rows, tools.network, images, indices)
+                except NotMeasurable as reason:
+                    failed |= dict.fromkeys(OF_FEATURES, str(reason))
             prompts = [samples.prompts[index] for index in indices]
             for key, scorer in scorers(tools).items():
                 try:
@@ -166,6 +181,7 @@ def compare(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
 
 def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
     folders = [open_samples(path) for path in config.samples]
+    check_names(folders)
     reference = find_reference(config, folders)
     for samples in folders if reference is not None else []:
         check_same_noises(samples, reference)
@@ -185,6 +201,7 @@ def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
         (number, measure)
         for number, samples in enumerate(folders)
         for measure in measures(samples, seen[samples.path], theirs, samples is reference, tools, config)
+        if not set(measure.keys) & unusable(notes, samples, reference)
     ]
     mine: dict[int, dict[str, Result] | str] = {}
     for index in share.tasks(len(tasks)):
@@ -203,6 +220,17 @@ def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
         else:
             rows[number].results |= outcome
     return as_json(config, rows, reference, tools)
+
+
+def unusable(notes: dict[Path, dict[str, str]], samples: SampleList, reference: SampleList | None) -> set[str]:
+    """Metrics that images of this source or, for those that compare with it, of the reference could not be described for."""
+    theirs = notes[reference.path] if reference is not None else {}
+    missing = set(notes[samples.path]) & set(OF_FEATURES)
+    for key in ("diversity", "fid_reference"):
+        if key in theirs:
+            missing.add(key)
+            notes[samples.path].setdefault(key, f"of the reference: {theirs[key]}")
+    return missing
 
 
 @dataclass(frozen=True)
@@ -301,6 +329,17 @@ def latent_error(parts_B2: Tensor, resamples: int, seed: int) -> Result:
     return quality.root_ratio(parts_B2, resamples, seed)
 
 
+def check_names(folders: list[SampleList]) -> None:
+    """Results are kept by the folder's name. Raises EvaluationError where two have the same."""
+    paths: dict[str, Path] = {}
+    for samples in folders:
+        other = paths.setdefault(samples.name, samples.path)
+        if other is not samples.path:
+            raise EvaluationError(
+                f"samples: {other} and {samples.path} are both named {samples.name}, which results are kept by. Rename one."
+            )
+
+
 def find_reference(config: EvaluateConfig, folders: list[SampleList]) -> SampleList | None:
     if config.reference is None:
         return None
@@ -330,19 +369,8 @@ def describe(
         row.results["images_per_second"] = Result(meta["images"] / meta["seconds"])
     else:
         row.notes["images_per_second"] = f"meta.json says that sampling took {meta['seconds']} seconds."
-    of_features = (
-        "inception_score",
-        "fid",
-        "kid",
-        "precision",
-        "recall",
-        "patch_fid",
-        "diversity",
-        "fid_reference",
-        "prompt_accuracy",
-    )
     if tools.network is None:
-        row.notes |= dict.fromkeys(of_features, tools.notes["features"])
+        row.notes |= dict.fromkeys(OF_FEATURES, tools.notes["features"])
     elif tools.real is None:
         row.notes |= dict.fromkeys(
             ("fid", "kid", "precision", "recall", "patch_fid"), tools.notes.get("real", "no real images.")

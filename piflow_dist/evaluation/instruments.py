@@ -40,7 +40,9 @@ def open_tools(config: EvaluateConfig, share: Share, sample: Tensor | None) -> T
 
     if config.inception is not None:
         tools.network = attempt("features", lambda: Inception(config.inception, share.device))
-    if tools.network is None and config.dataset is not None:
+    elif (
+        config.dataset is not None
+    ):  # never in place of InceptionV3 that was asked for: their distances are not comparable
         tools.network = SmallNetwork(*small_network_of(config.dataset, Path(config.cache), share))
         if sample is not None and tuple(sample.shape) != tools.network.image_shape:
             size, wanted = tuple(sample.shape), tools.network.image_shape
@@ -58,7 +60,9 @@ def open_tools(config: EvaluateConfig, share: Share, sample: Tensor | None) -> T
         reward = attempt(entry.partition(":")[2], lambda entry=entry: Reward.load(entry))
         tools.rewards += [reward] if reward is not None else []
     source = config.real or config.dataset
-    if tools.network is not None and source is not None:
+    if source is not None and not Path(source).exists():
+        tools.notes["real"] = f"real={source} does not exist."
+    elif tools.network is not None and source is not None:
         tools.real = real_statistics(
             source, config.real_split, tools.network, share, config.batch_size, Path(config.cache)
         )

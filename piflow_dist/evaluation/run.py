@@ -25,6 +25,7 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Paths | None]:
     requests = [sample_settings(config, entry) for entry in config.sources]
     for path in config.samples:
         open_samples(path)  # what is missing is said before anything is sampled
+    check_reference(config)
     out = config.out_dir
     out.mkdir(parents=True, exist_ok=True)
     with only_user(out / ".lock", f"out={out}"):
@@ -32,6 +33,16 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Paths | None]:
         settings = prepare(config)
         run_workers("piflow_dist.evaluation.compare", [str(settings)], config.launch, out / "logs")
         return finish(config)
+
+
+def check_reference(config: EvaluateConfig) -> None:
+    """Raises EvaluationError where reference= is no folder of samples and no name of one that is there or will be made."""
+    made = [Path(sample_settings(config, entry).out).resolve() for entry in config.sources]
+    given = [Path(path).resolve() for path in config.samples]
+    if config.reference is None or Path(config.reference).resolve() in made:
+        return
+    if config.reference not in {open_samples(path).name for path in given} | {path.name for path in made}:
+        open_samples(config.reference)
 
 
 def prepare(config: EvaluateConfig) -> Path:

@@ -1,9 +1,12 @@
 """Settings of tools/evaluate.py."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from piflow_dist.config import ConfigError, LaunchConfig, load_config, require, require_positive
 from piflow_dist.sampling.settings import SampleConfig
@@ -81,7 +84,7 @@ class EvaluateConfig:
             return Path(self.out)
         if self.samples:
             return Path(self.samples[0]).resolve().parent / "evaluation"
-        return Path("outputs/evaluation") if self.stats is None else Path(self.stats).resolve().parent
+        return Path("outputs/evaluation") if self.stats is None else Path(f"{Path(self.stats).resolve()}.work")
 
 
 LISTS = ("samples", "sources", "rewards")
@@ -111,8 +114,9 @@ def sample_settings(config: EvaluateConfig, entry: dict[str, Any]) -> SampleConf
     values = {"out": str(config.out_dir / "samples" / source_name(entry)), **shared}
     values |= {key: value for key, value in entry.items() if key != "name"}
     try:
-        return SampleConfig(**values, launch=config.launch)
-    except TypeError as error:
+        merged = OmegaConf.merge(OmegaConf.structured(SampleConfig), {"launch": asdict(config.launch)}, values)
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
         raise ConfigError(f"sources: {entry}: {error}") from error
 
 
