@@ -78,7 +78,7 @@ def test_distances_are_relative_to_the_teachers_way(
     factor: float, distance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A teacher of velocity v: a student of the same is there, one that stays is as far as the teacher went."""
-    monkeypatch.setattr(probe, "dist", SimpleNamespace(all_reduce=lambda tensor: None, get_world_size=lambda: 1))
+    monkeypatch.setattr(probe, "dist", SimpleNamespace(all_reduce=lambda tensor: None))
     config = Config(
         run_dir="unused",
         schedule=ScheduleConfig(shift=2.0),
