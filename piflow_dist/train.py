@@ -27,7 +27,7 @@ from piflow_dist.checkpoint.reader import load_checkpoint
 from piflow_dist.checkpoint.runs import none_left
 from piflow_dist.checkpoint.saver import CheckpointSaver
 from piflow_dist.checkpoint.sharded import find_checkpoint
-from piflow_dist.config import CheckpointConfig, Config, config_values, read_config, require
+from piflow_dist.config import Config, config_values, read_config, require
 from piflow_dist.distill.baselines import meanflow_step, shortcut_step
 from piflow_dist.distill.ema import Ema
 from piflow_dist.distill.objectives import (
@@ -381,7 +381,7 @@ def train(run: Run, tracker: Tracker | None) -> bool:
                 tracker.log(state.step, figures | run.metrics | settled)
                 if figures or settled:
                     tracker.checkpoints_changed()
-                progress.update(state.step, line(run.metrics, next_save(config.checkpoint, state.step)))
+                progress.update(state.step, line(run.metrics, next_save(config, state.step)))
             figures = {}
             if save_is_due or stop or state.step == config.train.steps:
                 figures = start_save(run)
@@ -412,9 +412,10 @@ def measure(run: Run, result: StepResult) -> dict[str, float]:
     return values
 
 
-def next_save(rules: CheckpointConfig, step: int) -> int | None:
-    """The step of the next checkpoint, where steps decide it."""
-    return (step // rules.every + 1) * rules.every if rules.every else None
+def next_save(config: Config, step: int) -> int | None:
+    """The step of the next checkpoint, where steps decide it; the last step has one."""
+    every, last = config.checkpoint.every, config.train.steps
+    return min((step // every + 1) * every, last) if every and step < last else None
 
 
 def check_best_metric(run: Run) -> None:
