@@ -244,7 +244,9 @@ def to_uint8(images_Bchw: Tensor) -> Tensor:
     """[-1, 1] -> uint8; what is not a number is grey, and said: a picture of it is worth more than an end of the training."""
     broken = int((~images_Bchw.isfinite()).flatten(1).any(1).sum())
     if broken:
-        log.warning("evaluation: %d of %d images have pixels that are not finite; they are grey", broken, len(images_Bchw))
+        log.warning(
+            "evaluation: %d of %d images have pixels that are not finite; they are grey", broken, len(images_Bchw)
+        )
     return ((images_Bchw.nan_to_num(0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
