@@ -120,6 +120,8 @@ after_training() {
     decision=$?
     if [ $decision = 75 ] && is_current; then  # exits.STOPPED
         echo "Job $SLURM_JOB_ID goes back to the queue." >&2
+        # Requeued, this script and the commands it runs get SIGTERM at once: the wait must be set all the same.
+        trap '' TERM
         scontrol requeue "$SLURM_JOB_ID" || echo "This job cannot be requeued: submit it again, it goes on from its checkpoint." >&2
         if [ "$delay" -gt 0 ]; then scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$delay"; fi
     fi

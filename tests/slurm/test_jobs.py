@@ -6,6 +6,7 @@ The disturbed job must end with the numbers of the undisturbed one, bit for bit,
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,9 +336,15 @@ def test_a_job_that_dies_three_times_at_a_step_waits_longer_each_time_and_is_giv
     failure = Failure(3, 5, "data", "DataError: a shard is damaged", "Traceback\nDataError: a shard is damaged")
     (tmp_path / "logs").mkdir()
     failure_path(tmp_path).write_text(json.dumps(vars(failure)))
+    # A slow scontrol is still at work when SLURM has begun to end the script that it puts back.
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/bash\n[ "$1" != update ] || sleep 1\nexec {shutil.which("scontrol")} "$@"\n')
+    scontrol.chmod(0o755)
     script = tmp_path / "job.sh"
     script.write_text(
-        f'#!/bin/bash\nexport PIFLOW_ROOT={REPO}\nsource "$PIFLOW_ROOT/slurm/common.sh"\nafter_training {tmp_path} 1\n'
+        f"#!/bin/bash\nexport PIFLOW_ROOT={REPO} PATH={tmp_path}/bin:$PATH\n"
+        f'source "$PIFLOW_ROOT/slurm/common.sh"\nafter_training {tmp_path} 1\n'
     )
     words = (
         "sbatch",
