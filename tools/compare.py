@@ -26,6 +26,7 @@ from piflow_dist.launch.lock import only_user
 METHODS = {
     "gmm": ("imitation, GMFlow", "demo_gmm", []),
     "dx": ("imitation, DX", "demo_dx", []),
+    "datafree": ("imitation, no data", "demo_datafree", ["checkpoint.every=100"]),
     "meanflow": ("MeanFlow", "demo_meanflow", []),
     "shortcut": ("end points, 8 substeps", "demo_shortcut", []),
     "shortcut2": ("end points, 2 substeps", "demo_shortcut", ["distill.teacher_substeps=2"]),
@@ -37,7 +38,7 @@ REFERENCE_STEPS, GUIDANCE = 100, 2
 @dataclass(kw_only=True)
 class CompareConfig:
     methods: list[str] = field(default_factory=lambda: list(METHODS))
-    """Which of gmm, dx, meanflow, shortcut, shortcut2."""
+    """Which of gmm, dx, datafree, meanflow, shortcut, shortcut2."""
     nfe: list[int] = field(default_factory=lambda: [1, 2, 4])
     """Evaluations per image: one training for each, but one for all with meanflow."""
     seeds: int = 3

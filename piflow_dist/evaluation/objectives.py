@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from scipy.stats import t as student_t
+
 from piflow_dist.config import Config
 from piflow_dist.distill.objectives import needs_uncond
 from piflow_dist.evaluation.figures import COLOURS, INK, _figure, _finish
 from piflow_dist.evaluation.metrics import METRICS
 
 SHOWN = ("psnr_db", "frechet_reference", "diversity", "prompt_accuracy", "frechet_real")
-QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-"""Student's t at 97.5 % for 1, 2, ... degrees of freedom; 1.96 beyond."""
-MARKERS = "osD^v*"
+MARKERS = "osD^v*P"
+METHOD_COLOURS = (COLOURS["student"], *COLOURS["teacher"], "#d0507a")
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Entry:
             return None
         if len(found) == 1:
             return found[0], math.nan
-        quantile = QUANTILES[len(found) - 2] if len(found) - 2 < len(QUANTILES) else 1.96
-        return mean(found), quantile * stdev(found) / math.sqrt(len(found))
+        quantile = student_t.ppf(0.975, len(found) - 1)
+        return mean(found), float(quantile) * stdev(found) / math.sqrt(len(found))
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ def panels(entries: Sequence[Entry]) -> bytes:
     figure, axes = _figure(1, 4, height=3.2)
     methods = list(dict.fromkeys(entry.method for entry in entries))
     students = [method for method in methods if not method.startswith("teacher")]
-    colours = dict(zip(students, [COLOURS["student"], *COLOURS["teacher"]], strict=False))
+    if len(students) > len(METHOD_COLOURS):
+        raise ValueError(f"{len(students)} methods, {len(METHOD_COLOURS)} colours: extend METHOD_COLOURS.")
+    colours = dict(zip(students, METHOD_COLOURS, strict=False))
     for axis, key in zip(axes, SHOWN, strict=False):
         for place, method in enumerate(methods):
             found = [(e.nfe, *e.interval(key)) for e in entries if e.method == method and e.interval(key)]

@@ -71,10 +71,15 @@ class GMHead(nn.Module):
 
     @torch.no_grad()
     def init_from_teacher(self, head: VelocityHead, generator: torch.Generator) -> None:
-        """Every component starts as the teacher's velocity, told apart by bias noise of 0.05; equal weights."""
+        """Every component starts as the teacher's velocity, told apart by bias noise of 0.05; equal weights.
+
+        One number for each component and channel, as published: alike in all pixels of a patch, no checkerboard.
+        """
         self.proj_out_means.weight.copy_(repeat_groups(head.proj_out.weight, self.components, self.channels_last))
         bias = repeat_groups(head.proj_out.bias, self.components, self.channels_last)
-        self.proj_out_means.bias.copy_(bias + 0.05 * torch.randn(bias.shape, generator=generator))
+        noise = 0.05 * torch.randn(bias.numel() // PATCH**2, generator=generator)
+        each = noise.repeat(PATCH**2) if self.channels_last else noise.repeat_interleave(PATCH**2)
+        self.proj_out_means.bias.copy_(bias + each)
         for parameter in (*self.proj_out_logweights.parameters(), self.proj_out_logstds[3].weight):
             parameter.zero_()
         self.proj_out_logstds[3].bias.fill_(math.log(0.05))

@@ -5,7 +5,6 @@ B batch, S tokens, R rank.
 """
 
 import hashlib
-import math
 import re
 
 import torch
@@ -94,7 +93,7 @@ def base_name(name: str) -> str:
 
 
 class InitialAdapters:
-    """Weights of fresh adapters: A uniform as in torch's linear layers, by name and seed; B zero."""
+    """Weights of fresh adapters: A normal of standard deviation 1/rank (peft's "gaussian", as published), by name and seed; B zero."""
 
     origin = "fresh adapters"
 
@@ -109,8 +108,6 @@ class InitialAdapters:
         weight = torch.zeros(self.found[name])
         if ".lora_A." in name:
             digest = hashlib.blake2b(f"{self.seed},{name}".encode(), digest_size=8).digest()
-            bound = math.sqrt(1 / weight.shape[1])
-            weight.uniform_(
-                -bound, bound, generator=torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-            )
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            weight.normal_(std=1 / weight.shape[0], generator=generator)
         return weight

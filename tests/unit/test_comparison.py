@@ -31,7 +31,7 @@ def test_every_objective_gets_the_same_budget(tool: Any) -> None:
     assert [stage.name for stage in first] == ["data", "teacher"]
     assert set(references) == {100, 1, 4}
     kinds = Counter(student.method for student in students)
-    assert kinds == {"gmm": 4, "dx": 4, "meanflow": 2, "shortcut": 4, "shortcut2": 4}
+    assert kinds == {"gmm": 4, "dx": 4, "datafree": 4, "meanflow": 2, "shortcut": 4, "shortcut2": 4}
     stages = [stage for student in students for stage in (student.stage, *student.samples.values())]
     assert len({stage.name for stage in stages}) == len({stage.makes for stage in stages}) == len(stages)
     trained = [load_config(student.stage.arguments[1:]) for student in students]
@@ -46,7 +46,7 @@ def test_every_objective_gets_the_same_budget(tool: Any) -> None:
 
 def test_settings_that_cannot_work(tool: Any) -> None:
     for changes, said in (
-        ({"methods": ["gm"]}, "gmm, dx, meanflow"),
+        ({"methods": ["gm"]}, "gmm, dx, datafree, meanflow"),
         ({"nfe": [0]}, "1 or more"),
         ({"seeds": 0}, "greater than"),
     ):
@@ -62,6 +62,10 @@ def test_intervals_are_those_of_students_t() -> None:
     entry = Entry("a", 1, [measured(20.0), measured(22.0), measured(24.0)])
     middle, half = entry.interval("psnr_db")
     assert (middle, half) == (22.0, pytest.approx(4.303 * 2 / 3**0.5, rel=1e-3))
+    many = Entry(
+        "a", 1, [measured(20.0 + value) for value in range(12)]
+    )  # 11 degrees of freedom: 2.201, standard deviation sqrt(13)
+    assert many.interval("psnr_db")[1] == pytest.approx(2.201 * 13**0.5 / 12**0.5, rel=1e-3)
     assert entry.interval("frechet_real") is None
     assert math.isnan(Entry("a", 1, [measured(20.0)]).interval("psnr_db")[1])
 
@@ -87,6 +91,8 @@ def test_table_and_figure(tmp_path: Path) -> None:
         Entry("teacher, Euler", 1, [measured(10.0)]),
     ]
     entries += [Entry("a", nfe, [measured(20.0 + nfe), measured(22.0 + nfe)]) for nfe in (1, 4)]
+    with pytest.raises(ValueError, match="colour"):
+        panels([Entry(str(method), 1, [measured(20.0)]) for method in range(9)])
     lines = tables(entries, [Budget("a", "1", 300, 4, "1 forward and backward", 0.25)]).splitlines()
     assert lines[2].startswith("| teacher, Euler | 100 | — | 0.50 |") and lines[2].endswith("| — |")
     assert "| a | 1 | 22.0 ± 12.7 | 0.22 ± 0.13 |" in lines[4]
