@@ -202,9 +202,10 @@ def bench_decode(repeats: int) -> None:
 
 def bench_wait(folder: Path, steps: int = 30) -> None:
     """One process, the demo's teacher on the digits; the first ten steps are not counted."""
+    from piflow_dist.build import build_run
     from piflow_dist.config import load_config
     from piflow_dist.parallel.topology import start_process_group
-    from piflow_dist.train import build_run, train_step
+    from piflow_dist.train import train_step
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     prepare(PrepareConfig(out=str(folder / "digits")), show_progress=False)

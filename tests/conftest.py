@@ -140,6 +140,26 @@ def student_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, teach
 
 
 @pytest.fixture(scope="session")
+def students(tiny_data: Path, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs of three small students (tests/dist/students.py)."""
+    from students import write_students
+
+    out = tmp_path_factory.mktemp("students")
+    write_students(tiny_data, teacher_run, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def exports(students: Path, student_run: Path, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was exported of them: NAME-adapter, NAME-merged."""
+    from students import write_exports
+
+    out = tmp_path_factory.mktemp("exports")
+    write_exports(students, student_run, teacher_run, out)
+    return out
+
+
+@pytest.fixture(scope="session")
 def slurm() -> Iterator[object]:
     """A running SLURM (tests/slurm/local_cluster.py). Skips where it cannot be had; CI=true must have it."""
     from local_cluster import LocalCluster, Unavailable, install

@@ -5,23 +5,20 @@ noises -> compare.md, compare.png, compare.json. Finished stages are kept, an in
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from demo import Stage, run_stage, sample_stage, train_stage
-
-from data_pipeline.settings import list_settings, parse_settings
+from data_pipeline.settings import list_settings
 from piflow_dist.checkpoint.files import write_atomic
-from piflow_dist.cli import run_tool
-from piflow_dist.config import ConfigError, load_config, require, require_positive
+from piflow_dist.cli import parse_options, run_tool
+from piflow_dist.config import load_config, require, require_positive
 from piflow_dist.evaluation.evaluate import Judge, as_json
 from piflow_dist.evaluation.objectives import Budget, Entry, budget, panels, tables
 from piflow_dist.evaluation.progress import training_progress
 from piflow_dist.evaluation.samples import load_samples
 from piflow_dist.launch.console import console
-from piflow_dist.launch.lock import only_user
+from piflow_dist.launch.stages import Stage, run_stage, sample_stage, stages_folder, train_stage
 
 METHODS = {
     "gmm": ("imitation, GMFlow", "demo_gmm", []),
@@ -155,24 +152,13 @@ def measure(
 
 
 def compare(arguments: list[str]) -> None:
-    try:
-        config = parse_settings(CompareConfig, arguments)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    config = parse_options(CompareConfig, arguments)
     out = Path(config.out)
-    records = out / ".stages"
-    try:
-        records.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out={out} cannot be written: {error.strerror}. Choose another folder.") from error
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    first, references, students = plan(config)
-    stages = [*first, *references.values()]
-    for student in students:
-        stages += [student.stage, *student.samples.values()]
-    with only_user(out / ".lock", f"out={out}"):
+    with stages_folder(out) as records:
+        first, references, students = plan(config)
+        stages = [*first, *references.values()]
+        for student in students:
+            stages += [student.stage, *student.samples.values()]
         for place, stage in enumerate(stages):
             console.print(f"[dim]{place + 1} of {len(stages)}[/]", end=" ")
             run_stage(stage, records)

@@ -1,15 +1,15 @@
 """Functions run as N processes of one gloo group on this machine's CPU, for tests of what ranks do together."""
 
 import os
-import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
-from multiprocessing.context import BaseContext
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -29,31 +29,32 @@ def run_ranks(
 ) -> list[Any]:
     """Run check(rank, *args) in world_size new processes joined to one gloo group; what each rank returned.
 
-    `check` must be importable (a function of a module). RANK and its companions are set as torchrun sets them. A rank
-    that fails stops the others at once; RanksFailed then holds the traceback of every rank that raised. Nothing of a
-    run outlives this call, whatever happens.
+    `check` must be importable (a function of a module). RANK and its companions are set as torchrun sets them, but for the
+    address: ranks meet in a file of this call, as a port could be taken by another test run. A rank that fails stops the others
+    at once; RanksFailed then holds the traceback of every rank that raised. Nothing of a run outlives this call, whatever happens.
 
     warm: fork the ranks from a server that has done the imports (warm.py), seconds less each. Their memory is then not all
     their own, and the environment is that of the first such call.
     """
     context = warm_context() if warm else multiprocessing.get_context("spawn")
-    port = free_port()
     ranks, pipes = [], []
-    with one_thread():
-        for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_main, args=(sender, check, rank, world_size, port, warm, args), daemon=True)
-            process.start()
-            sender.close()
-            ranks.append(process)
-            pipes.append(receiver)
-    try:
-        return _collect(ranks, pipes, time_limit)
-    finally:
-        for process in ranks:
-            process.kill()
-        for process in ranks:
-            process.join()
+    with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
+        try:
+            with one_thread():
+                for rank in range(world_size):
+                    receiver, sender = context.Pipe(duplex=False)
+                    arguments = (sender, check, rank, world_size, f"file://{folder}/store", warm, args)
+                    process = context.Process(target=_main, args=arguments, daemon=True)
+                    process.start()
+                    sender.close()
+                    ranks.append(process)
+                    pipes.append(receiver)
+            return _collect(ranks, pipes, time_limit)
+        finally:
+            for process in ranks:
+                process.kill()
+            for process in ranks:
+                process.join()
 
 
 def warm_context() -> BaseContext:
@@ -71,12 +72,6 @@ def warm_context() -> BaseContext:
         else:
             os.environ["PYTHONPATH"] = before
     return context
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager
@@ -98,7 +93,7 @@ def _main(
     check: Callable[..., Any],
     rank: int,
     world_size: int,
-    port: int,
+    meeting: str,
     warm: bool,
     args: tuple[Any, ...],
 ) -> None:
@@ -111,21 +106,19 @@ def _main(
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
         "TORCHDYNAMO_DISABLE": "1",
     }
     try:
         assert not warm or WARM in sys.modules, "the server has not done the imports"
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=600))
+        dist.init_process_group("gloo", meeting, timedelta(seconds=600), world_size, rank)
         result = check(rank, *args)
     except BaseException:
         sender.send((False, traceback.format_exc()))
         raise SystemExit(1) from None
     sender.send((True, result))
-    dist.barrier()  # rank 0 holds the store: it must not leave before the others
+    dist.barrier()  # none closes its connections while another may still read from them
     dist.destroy_process_group()
 
 

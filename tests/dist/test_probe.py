@@ -11,12 +11,21 @@ from conftest import STUDENT, read_weights, run_tool
 from torch import Tensor
 from torch.testing import assert_close
 
+from piflow_dist.build import probe_batch
 from piflow_dist.checkpoint.files import newest_complete
-from piflow_dist.config import Config, DataConfig, DistillConfig, GuidanceConfig, PolicyConfig, ScheduleConfig, TrackingConfig, read_config
+from piflow_dist.config import (
+    Config,
+    DataConfig,
+    DistillConfig,
+    GuidanceConfig,
+    PolicyConfig,
+    ScheduleConfig,
+    TrackingConfig,
+    read_config,
+)
 from piflow_dist.distill import probe
 from piflow_dist.distill.objectives import Batch, build_schedule
 from piflow_dist.tracking.tracker import METRICS, read_metrics
-from piflow_dist.train import probe_batch
 
 
 def test_a_probed_training_is_the_same_to_the_bit(student_run: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from conftest import STUDENT, run_tool
 from mlflow.entities import Run
 from mlflow_server import MlflowServer
+from ports import kept_port
 
 from piflow_dist.config import Config, DataConfig, TrackingConfig, save_config
 from piflow_dist.launch.lives import Aim, Life
@@ -22,13 +23,13 @@ LIMIT = 120
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     """Not started."""
     patience = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    server = MlflowServer(tmp_path_factory.mktemp("server"))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, kept_port() as port:
         for name, value in patience.items():
             patch.setenv(name, value)
         patch.setattr("piflow_dist.tracking.tracker.LONGEST_PAUSE", 2.0)
+        server = MlflowServer(tmp_path_factory.mktemp("server"), port)
         yield server
-    server.kill()
+        server.kill()
 
 
 def until(reached: Callable[[], bool], do: Callable[[], object] = lambda: None) -> None:

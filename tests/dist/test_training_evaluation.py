@@ -87,9 +87,10 @@ def make_config(options: tuple[str, ...], data: Path, teacher: Path, run_dir: Pa
 
 def train_to(config: Config, topology, stop_at: int | None = None) -> Any:
     """Train to the end, or until a request to stop in step `stop_at`."""
+    from piflow_dist.build import build_run
     from piflow_dist.launch.watchdog import Unwatched
     from piflow_dist.tracking.tracker import Tracker
-    from piflow_dist.train import build_run, resume, train
+    from piflow_dist.train import resume, train
 
     class Stopping(Unwatched):
         def begin_step(self, step: int) -> None:

@@ -6,13 +6,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from conftest import REPO
-from ranks import free_port
+from ports import kept_port
 
 from piflow_dist.launch.exits import FAILED, HUNG, STOPPED_AT_ONCE
 from piflow_dist.launch.failure_record import read_failure
@@ -79,13 +79,18 @@ class Job:
 
 
 @pytest.fixture
-def start(tmp_path: Path):
+def port() -> Iterator[int]:
+    with kept_port() as port:
+        yield port
+
+
+@pytest.fixture
+def start(tmp_path: Path, port: int):
     jobs: list[Job] = []
 
     def start(what: str, minimum_seconds: float = 200.0, **variables_of_all: str) -> Job:
         (tmp_path / "logs").mkdir()
         (tmp_path / "step").write_text("0")
-        port = free_port()
         ranks = []
         for rank in range(3):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}

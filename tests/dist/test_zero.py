@@ -200,9 +200,9 @@ def train_without_engine(config: Config) -> Course:
     from data_pipeline.prompts import load_prompt_encoder
     from data_pipeline.stream import LatentStream
     from piflow_dist import train
-
-    from piflow_dist.models.pretrained import open_teacher, plan_training
+    from piflow_dist.distill.objectives import build_schedule
     from piflow_dist.models.architecture import build_teacher, plan_model
+    from piflow_dist.models.pretrained import open_teacher, plan_training
     from piflow_dist.models.weights import fill
 
     if config.distils:
@@ -224,7 +224,7 @@ def train_without_engine(config: Config) -> Course:
     description = load_description(config.data.root)
     run = SimpleNamespace(
         config=config,
-        schedule=train.build_schedule(config.schedule, description.latent_shape),
+        schedule=build_schedule(config.schedule, description.latent_shape),
         model=PlainModel(module),
         teacher=teacher,
         stream=LatentStream(config.data.root, "train", batch_size=2, global_batch=4, seed=config.train.seed),
@@ -449,9 +449,10 @@ def test_a_meanflow_student_is_sampled_at_any_number_of_steps(
     outcomes: dict[int, list[Outcome]], out: Path, tmp_path: Path
 ) -> None:
     """tools/sample.py's sampler against the mean velocities by hand; an export is refused."""
-    from piflow_dist.checkpoint.export import ExportConfig, export
-    from data_pipeline.prompts import load_prompt_encoder
     from images import sample_here
+
+    from data_pipeline.prompts import load_prompt_encoder
+    from piflow_dist.checkpoint.export import ExportConfig, export
     from piflow_dist.sampling.settings import build_request
 
     run = out / "tied-meanflow"

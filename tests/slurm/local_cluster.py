@@ -13,7 +13,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+
+from ports import kept_port
 
 PREFIX = "piflow_slurm_"
 PACKAGES = ("slurm-wlm", "munge")
@@ -96,16 +99,6 @@ def sweep() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for probe in sockets:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in sockets]
-    for probe in sockets:
-        probe.close()
-    return ports
-
-
 class LocalCluster:
     """Two nodes n1 and n2, whose names do not resolve, of 2 CPUs and 4 pretended GPUs each."""
 
@@ -121,6 +114,7 @@ class LocalCluster:
             "PATH": f"{os.environ['PATH']}:/usr/sbin",
         }
         self.daemons: dict[str, subprocess.Popen] = {}
+        self.ports = ExitStack()
 
     def start(self) -> None:
         """Daemons up and both nodes idle. Raises Unavailable where they do not come up."""
@@ -144,7 +138,7 @@ class LocalCluster:
         key = self.folder / "munge" / "key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        controller, *nodes = free_ports(1 + len(NODES))
+        controller, *nodes = (self.ports.enter_context(kept_port()) for _ in range(1 + len(NODES)))
         host = socket.gethostname().split(".")[0]
         names, ports = ",".join(NODES), ",".join(map(str, nodes))
         # Any four devices will do; nothing opens them.
@@ -220,6 +214,7 @@ PartitionName=test Nodes={names} Default=YES MaxTime=INFINITE State=UP OverSubsc
         end_processes(self.folder)
         for daemon in self.daemons.values():
             daemon.wait()
+        self.ports.close()
         shutil.rmtree(self.folder)
 
     def wait_until(self, reached: Callable[[], object], what: str, patience: float = PATIENCE) -> None:

@@ -28,7 +28,8 @@ def test_a_step_runs_on_both_nodes_with_gpus(slurm: LocalCluster) -> None:
 def test_the_daemons_of_a_killed_test_run_are_ended_by_the_next(slurm: LocalCluster) -> None:
     """A test run killed while a job sleeps: the job outlives its daemons, and goes when the next cluster is made."""
     script = textwrap.dedent("""
-        import time
+        import sys, time
+        sys.path.append("..")
         from local_cluster import LocalCluster
         cluster = LocalCluster()
         cluster.start()

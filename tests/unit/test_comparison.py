@@ -2,13 +2,12 @@
 
 import json
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, load_tool
+from conftest import load_tool
 from PIL import Image
 
 from piflow_dist.config import ConfigError, changed_keys, load_config
@@ -18,11 +17,7 @@ from piflow_dist.evaluation.objectives import Budget, Entry, budget, panels, tab
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    sys.path.insert(0, str(REPO / "tools"))  # where the tool itself finds tools/demo.py
-    try:
-        return load_tool("compare")
-    finally:
-        sys.path.remove(str(REPO / "tools"))
+    return load_tool("compare")
 
 
 def test_every_objective_gets_the_same_budget(tool: Any) -> None:

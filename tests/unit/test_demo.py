@@ -1,4 +1,4 @@
-"""tools/demo.py: which stages run, which are kept, and how it ends. The tools themselves are replaced."""
+"""tools/demo.py and its stages (launch/stages.py): which run, which are kept, and how it ends. The tools are replaced."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from data_pipeline.settings import parse_settings
 from piflow_dist.cli import run_tool as run_in_this_process
 from piflow_dist.config import ConfigError
 from piflow_dist.evaluation.report import ReportConfig
+from piflow_dist.launch import stages
 from piflow_dist.launch.local import WorkerFailed
 
 SECONDS = 10.0
@@ -36,13 +37,13 @@ class Demo:
         plan = self.tool.plan
 
         def noted_plan(config):
-            stages = plan(config)
-            self.stages = {stage.name: stage for stage in stages}
-            return stages
+            planned = plan(config)
+            self.stages = {stage.name: stage for stage in planned}
+            return planned
 
         monkeypatch.setattr(self.tool, "plan", noted_plan)
-        monkeypatch.setattr(self.tool, "run_tool_process", self.run_tool_process)
-        monkeypatch.setattr(self.tool, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(stages, "run_tool_process", self.run_tool_process)
+        monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # the demo sets it: put it back afterwards
 
@@ -96,20 +97,20 @@ def test_every_stage_reads_what_an_earlier_one_makes(demo: Demo, variant: str, q
     report = "report" if variant == "gmm" else f"report_{variant}"
     samples = [f"teacher_{long}", "teacher_8", "teacher_4", f"{student}_4"]
     assert ran == ["data", "teacher", student, *samples, report]
-    out, stages = demo.out, demo.stages
-    folders = {name: stage.makes for name, stage in stages.items()}
+    out, planned = demo.out, demo.stages
+    folders = {name: stage.makes for name, stage in planned.items()}
     assert len(set(folders.values())) == len(folders)
-    assert f"data.root={folders['data']}" in stages["teacher"].arguments
+    assert f"data.root={folders['data']}" in planned["teacher"].arguments
     for option in (f"data.root={folders['data']}", f"distill.teacher={folders['teacher']}", "distill.nfe=4"):
-        assert option in stages[student].arguments
+        assert option in planned[student].arguments
     for name in samples:
         source = folders[student if name.startswith("student") else "teacher"]
-        assert {f"source={source}", f"out={folders[name]}", "seed=2024"} <= set(stages[name].arguments)
+        assert {f"source={source}", f"out={folders[name]}", "seed=2024"} <= set(planned[name].arguments)
         assert folders[name].parent == out / "samples"
-    assert f"steps={long}" in stages[f"teacher_{long}"].arguments and "nfe=4" in stages[f"{student}_4"].arguments
+    assert f"steps={long}" in planned[f"teacher_{long}"].arguments and "nfe=4" in planned[f"{student}_4"].arguments
     wanted = {f"run={out}", f"student={folders[student]}", f"sources={','.join(samples)}", f"reference={samples[0]}"}
-    assert wanted <= set(stages[report].arguments)
-    assert all((demo.tool.TOOLS / stage.arguments[0]).is_file() for stage in stages.values())
+    assert wanted <= set(planned[report].arguments)
+    assert all((stages.TOOLS / stage.arguments[0]).is_file() for stage in planned.values())
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -174,12 +175,12 @@ def test_changed_settings_make_that_stage_again_and_all_that_builds_on_it(
     demo: Demo, monkeypatch: pytest.MonkeyPatch, experiment: str, made_again: list[str]
 ) -> None:
     demo.run()
-    load = demo.tool.load_config
+    load = stages.load_config
 
     def changed(overrides: list[str]):
         return load([*overrides, "optim.lr=0.5"] if f"experiment={experiment}" in overrides else overrides)
 
-    monkeypatch.setattr(demo.tool, "load_config", changed)  # as if configs/ had been edited
+    monkeypatch.setattr(stages, "load_config", changed)  # as if configs/ had been edited
     assert demo.run() == made_again
     for name in STAGES:  # nothing of the old folders is left
         assert demo.record(name)["seconds"] == SECONDS
@@ -250,7 +251,7 @@ def test_exit_codes(demo: Demo, stage_code: int, code: int) -> None:
 @pytest.mark.parametrize("tool_ends", [130, 0, -15])
 def test_a_tool_is_waited_for_after_ctrl_c_and_the_demo_ends(monkeypatch: pytest.MonkeyPatch, tool_ends: int) -> None:
     """Also where the tool had just finished, or did not hear the signal."""
-    tool, ends, started = load_tool("demo"), [KeyboardInterrupt, KeyboardInterrupt, tool_ends], []
+    ends, started = [KeyboardInterrupt, KeyboardInterrupt, tool_ends], []
 
     def wait() -> int:
         end = ends.pop(0)
@@ -262,8 +263,8 @@ def test_a_tool_is_waited_for_after_ctrl_c_and_the_demo_ends(monkeypatch: pytest
         started.append(command)
         return SimpleNamespace(wait=wait)
 
-    monkeypatch.setattr(tool, "subprocess", SimpleNamespace(Popen=popen))
-    assert tool.run_tool_process(["sample.py", "nfe=4"]) == 130
+    monkeypatch.setattr(stages, "subprocess", SimpleNamespace(Popen=popen))
+    assert stages.run_tool_process(["sample.py", "nfe=4"]) == 130
     assert started == [[sys.executable, str(REPO / "tools" / "sample.py"), "nfe=4"]] and not ends
 
 
@@ -283,10 +284,10 @@ run_tool(sleep, sys.argv[1:], "")
 def test_a_demo_that_is_killed_takes_its_tool_along(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "sleep.py").write_text(TOOL)
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from conftest import load_tool; from pathlib import Path\n"
-        "tool = load_tool('demo'); tool.TOOLS = Path(sys.argv[2]); sys.exit(tool.run_tool_process(['sleep.py']))"
+        "import sys; from pathlib import Path; from piflow_dist.launch import stages\n"
+        "stages.TOOLS = Path(sys.argv[1]); sys.exit(stages.run_tool_process(['sleep.py']))"
     )
-    command = [sys.executable, "-c", code, str(REPO / "tests"), str(tmp_path)]
+    command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
         assert demo.stdout.readline() == "ready\n"
         demo.send_signal(number)
