@@ -25,7 +25,7 @@ class RanksFailed(AssertionError):
 
 
 def run_ranks(
-    check: Callable[..., Any], world_size: int, *args: Any, time_limit: float = 120.0, warm: bool = False
+    check: Callable[..., Any], world_size: int, *args: Any, time_limit: float = 120.0, warm: bool = True
 ) -> list[Any]:
     """Run check(rank, *args) in world_size new processes joined to one gloo group; what each rank returned.
 
@@ -34,7 +34,7 @@ def run_ranks(
     at once; RanksFailed then holds the traceback of every rank that raised. Nothing of a run outlives this call, whatever happens.
 
     warm: fork the ranks from a server that has done the imports (warm.py), seconds less each. Their memory is then not all
-    their own, and the environment is that of the first such call.
+    their own, which matters where it is measured, and variables that a library reads when it is loaded are those of the first call.
     """
     context = warm_context() if warm else multiprocessing.get_context("spawn")
     ranks, pipes = [], []
@@ -43,7 +43,7 @@ def run_ranks(
             with one_thread():
                 for rank in range(world_size):
                     receiver, sender = context.Pipe(duplex=False)
-                    arguments = (sender, check, rank, world_size, f"file://{folder}/store", warm, args)
+                    arguments = (sender, check, rank, world_size, f"file://{folder}/store", warm, dict(os.environ), args)
                     process = context.Process(target=_main, args=arguments, daemon=True)
                     process.start()
                     sender.close()
@@ -95,13 +95,14 @@ def _main(
     world_size: int,
     meeting: str,
     warm: bool,
+    environment: dict[str, str],
     args: tuple[Any, ...],
 ) -> None:
     from datetime import timedelta
 
     import torch.distributed as dist
 
-    os.environ |= {
+    os.environ |= environment | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

@@ -116,7 +116,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[str, list[dict[str, Course]]]:
     return {
-        world: run_ranks(train_rank, size, world, folder, time_limit=900, warm=True)
+        world: run_ranks(train_rank, size, world, folder, time_limit=900)
         for world, (size, _) in WORLDS.items()
     }
 

@@ -269,14 +269,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def worlds(tiny_data: Path, teacher_run: Path, out: Path) -> dict[str, list[Outcome]]:
     return {
-        name: run_ranks(chain_rank, size, name, tiny_data, teacher_run, out, time_limit=420, warm=True)
+        name: run_ranks(chain_rank, size, name, tiny_data, teacher_run, out, time_limit=420)
         for name, (size, _) in CHAIN.items()
     }
 
 
 @pytest.fixture(scope="module")
 def pair(tiny_data: Path, teacher_run: Path, out: Path, small_disk: Path | None) -> list[Outcome]:
-    return run_ranks(exact_rank, 2, tiny_data, teacher_run, out, small_disk, time_limit=420, warm=True)
+    return run_ranks(exact_rank, 2, tiny_data, teacher_run, out, small_disk, time_limit=420)
 
 
 def test_a_training_that_moves_from_world_to_world_has_the_losses_of_one_that_stays(

@@ -86,7 +86,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_the_number_of_processes_changes_no_digit(found: dict, inputs: Path, world_size: int) -> None:
-    here = run_ranks(compare_rank, world_size, world_size, inputs, time_limit=300, warm=True)
+    here = run_ranks(compare_rank, world_size, world_size, inputs, time_limit=300)
     assert all(other is None for other in here[1:])
     assert json.loads(json.dumps(here[0]))["rows"] == found["result"]["rows"]
 

@@ -143,7 +143,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, student_run: Path, teacher_ru
             student("tp2-dp2-sharded", "parallel.shard_base=true", "batch_size=1", tp=2),
         ],
         time_limit=300,
-        warm=True,
     )
     run_ranks(
         sample_jobs,
@@ -156,7 +155,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, student_run: Path, teacher_ru
             Job(teacher_run, out / "teacher-two", (*TEACHER, "batch_size=1")),
         ],
         time_limit=300,
-        warm=True,
     )
     run_ranks(
         sample_jobs,
@@ -172,7 +170,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, student_run: Path, teacher_ru
             Job(teacher_run, out / "teacher-one", TEACHER),
         ],
         time_limit=300,
-        warm=True,
     )
     return out
 
@@ -292,7 +289,7 @@ def test_a_killed_run_makes_only_what_is_missing(teacher_run: Path, tmp_path: Pa
     run_sampler(teacher_run, out, *options, "launch.processes=1")
     assert all(path.stat().st_mtime_ns == left[path] for path in kept) and cut.stat().st_mtime_ns != left[cut]
     assert len(lines_of(out)) == 12 and not list(out.rglob("*.tmp"))
-    run_ranks(sample_jobs, 1, 1, [Job(teacher_run, tmp_path / "whole", options)], time_limit=300, warm=True)
+    run_ranks(sample_jobs, 1, 1, [Job(teacher_run, tmp_path / "whole", options)], time_limit=300)
     assert_same_images(out, tmp_path / "whole")
 
 
@@ -444,7 +441,7 @@ def test_images_of_other_settings_are_kept(refuse: Callable[..., str], student_i
 def test_overwrite_makes_them_again(student_images: Path, student_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(student_images, out)
-    run_ranks(sample_jobs, 1, 1, [Job(student_run, out, (*STUDENT, "seed=7", "overwrite=true"))], warm=True)
+    run_ranks(sample_jobs, 1, 1, [Job(student_run, out, (*STUDENT, "seed=7", "overwrite=true"))])
     assert [line["seed"] for line in lines_of(out)] == [7, 8] * 3 and len(list(out.glob("images/*.png"))) == IMAGES
 
 

@@ -146,4 +146,5 @@ def outcomes(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_four_ranks_train_like_one(outcomes: dict[int, list[dict[str, Course]]], name: str) -> None:
-    assert_same_training([rank[name] for rank in outcomes[4]], 4, outcomes[1][0][name])
+    # Rounding grows faster than on two: adapters of a small rank start with large A (standard deviation 1/rank).
+    assert_same_training([rank[name] for rank in outcomes[4]], 4, outcomes[1][0][name], rtol=1e-5)

@@ -142,7 +142,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> tuple[Pat
     teacher = write_diffusers_teacher(out / "teacher")
     found = []
     for tp in (1, 2):
-        found += run_ranks(train_rank, 2, tp, tiny_data, teacher, out, time_limit=300, warm=True)
+        found += run_ranks(train_rank, 2, tp, tiny_data, teacher, out, time_limit=300)
     return out, found
 
 

@@ -1,4 +1,4 @@
-"""What ranks import, loaded once into the server that they are forked from (run_ranks(..., warm=True))."""
+"""What ranks import, loaded once into the server that they are forked from (run_ranks(...))."""
 
 from piflow_dist.launch.chaos import import_everything
 
