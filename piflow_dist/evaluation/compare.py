@@ -7,7 +7,6 @@ metric of each source is computed by one rank, whole, so that no result depends 
 import json
 import signal
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,10 +23,11 @@ from piflow_dist.config import read_config
 from piflow_dist.evaluation import quality
 from piflow_dist.evaluation.folder import SampleList, check_same_noises, open_samples
 from piflow_dist.evaluation.instruments import Tools, open_tools, scorers
+from piflow_dist.evaluation.measures import measures
 from piflow_dist.evaluation.metrics import NotMeasurable, psnr_per_image
 from piflow_dist.evaluation.networks import FeatureNetwork, Lpips, SmallNetwork
 from piflow_dist.evaluation.quality import Result
-from piflow_dist.evaluation.real import Moments, RealStatistics, by_shape
+from piflow_dist.evaluation.real import by_shape
 from piflow_dist.evaluation.samples import EvaluationError
 from piflow_dist.evaluation.settings import EvaluateConfig
 from piflow_dist.evaluation.shares import Share
@@ -98,7 +98,7 @@ def look_at(
             if share.is_main:
                 progress.update(min(indices[-1] + 1, len(samples)))
     gathered = {key: share.gather(rows[key], len(samples)) for key in sorted(rows)}
-    return gathered, together(failed, share)
+    return gathered, share.together(failed)
 
 
 def rows_of(tools: Tools, reference: SampleList | None) -> list[str]:
@@ -156,15 +156,6 @@ def reduced(image_chw: Tensor) -> Tensor:
     return scaled_chw.reshape(-1)
 
 
-def together(notes: dict[str, str], share: Share) -> dict[str, str]:
-    """Every rank's notes, the lowest rank's where several have one."""
-    if share.world_size == 1:
-        return notes
-    gathered: list[Any] = [None] * share.world_size
-    dist.all_gather_object(gathered, notes)
-    return {key: note for found in reversed(gathered) for key, note in found.items()}
-
-
 def compare(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
     """Everything measured, on rank 0; None on the others. Raises EvaluationError where inputs do not fit each other.
 
@@ -200,16 +191,18 @@ def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
     tasks = [
         (number, measure)
         for number, samples in enumerate(folders)
-        for measure in measures(samples, seen[samples.path], theirs, samples is reference, tools, config)
+        for measure in measures(
+            samples, seen[samples.path], theirs, samples is reference, tools, config.resamples, share.device
+        )
         if not set(measure.keys) & unusable(notes, samples, reference)
     ]
     mine: dict[int, dict[str, Result] | str] = {}
-    for index in share.tasks(len(tasks)):
+    for index in share.tasks([measure.cost for _, measure in tasks]):
         try:
             mine[index] = tasks[index][1]()
         except NotMeasurable as reason:
             mine[index] = str(reason)
-    found = collect(mine, share)
+    found = share.together(mine)
     if not share.is_main:
         return None
     rows = [describe(samples, tools, notes[samples.path], samples is reference, reference) for samples in folders]
@@ -233,102 +226,6 @@ def unusable(notes: dict[Path, dict[str, str]], samples: SampleList, reference: 
     return missing
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A computation that one rank does whole, and the metrics that it gives."""
-
-    keys: tuple[str, ...]
-    compute: Callable[[], Result | tuple[Result, ...]]
-
-    def __call__(self) -> dict[str, Result]:
-        found = self.compute()
-        return dict(zip(self.keys, found if isinstance(found, tuple) else (found,), strict=True))
-
-
-def measures(
-    samples: SampleList,
-    seen: dict[str, Tensor],
-    theirs: dict[str, Tensor] | None,
-    is_reference: bool,
-    tools: Tools,
-    config: EvaluateConfig,
-) -> list[Measure]:
-    """What can be computed for one source, in a fixed order; the seed of its intervals is always the same."""
-    n, seed, device = config.resamples, 0, config_device(tools)
-    found = []
-    if tools.network is not None:
-        features, logits, patch = seen["features"], seen["logits"], seen["patch"]
-        found.append(Measure(("inception_score",), lambda: quality.inception_score(logits, n, seed)))
-        if isinstance(tools.network, SmallNetwork):
-            classes = tools.network.classes
-            found.append(Measure(("prompt_accuracy",), lambda: accuracy(logits, samples.prompts, classes, n, seed)))
-        if tools.real is not None:
-            real = tools.real
-            found.append(Measure(("fid",), lambda: quality.fid_with_interval(features, real.moments, n, seed, device)))
-            found.append(Measure(("kid",), lambda: quality.kid(features, real.features_ND)))
-            found.append(
-                Measure(("precision", "recall"), lambda: quality.precision_recall(features, real.features_ND, n, seed))
-            )
-            found.append(Measure(("patch_fid",), lambda: patch_fid(patch, real, n, seed, device)))
-        if theirs is not None:
-            other = theirs["features"]
-            found.append(
-                Measure(("diversity",), lambda: quality.relative_diversity(features, other, samples.prompts, n, seed))
-            )
-            if not is_reference:
-                found.append(
-                    Measure(
-                        ("fid_reference",),
-                        lambda: quality.fid_with_interval(features, Moments.of(other), n, seed, device, other),
-                    )
-                )
-    for key in scorers(tools):
-        found.append(Measure((key,), lambda key=key: quality.mean_score(seen[key], n, seed)))
-    if theirs is not None:
-        pixels, other_pixels = seen["pixels"], theirs["pixels"]
-        found.append(
-            Measure(
-                ("diversity_pixels",),
-                lambda: quality.relative_diversity(pixels, other_pixels, samples.prompts, n, seed),
-            )
-        )
-        if not is_reference:
-            found.append(Measure(("psnr_db",), lambda: quality.mean_score(seen["psnr"], n, seed)))
-            found.append(Measure(("latent_relative_error",), lambda: latent_error(seen["latent"], n, seed)))
-            if tools.lpips is not None:
-                found.append(Measure(("lpips",), lambda: quality.mean_score(seen["lpips"], n, seed)))
-    return found
-
-
-def config_device(tools: Tools) -> torch.device:
-    return getattr(tools.network, "device", torch.device("cpu"))
-
-
-def accuracy(logits_BK: Tensor, prompts: list[str], classes: list[str], resamples: int, seed: int) -> Result:
-    unknown = sorted(set(prompts) - set(classes))
-    if unknown:
-        raise NotMeasurable(
-            f"{len(unknown)} prompts are no class of the classifier ({unknown[0]!r} ...). It knows the data set's own: sample with those."
-        )
-    wanted_B = torch.tensor([classes.index(prompt) for prompt in prompts])
-    return quality.mean_score((logits_BK.argmax(dim=1) == wanted_B).double(), resamples, seed)
-
-
-def patch_fid(patch_BD: Tensor, real: RealStatistics, resamples: int, seed: int, device: torch.device) -> Result:
-    if real.patch_moments is None or patch_BD.numel() == 0:
-        raise NotMeasurable(
-            "patch FID needs InceptionV3 and images of at least 299 x 299, more than 2048 of them, in both sets."
-        )
-    whole = patch_BD[~patch_BD.isnan().any(dim=1)]
-    return quality.fid_with_interval(whole, real.patch_moments, resamples, seed, device)
-
-
-def latent_error(parts_B2: Tensor, resamples: int, seed: int) -> Result:
-    if parts_B2.numel() == 0:
-        raise NotMeasurable("a folder keeps no latents, or they are of other sizes. Sample with latents.")
-    return quality.root_ratio(parts_B2, resamples, seed)
-
-
 def check_names(folders: list[SampleList]) -> None:
     """Results are kept by the folder's name. Raises EvaluationError where two have the same."""
     paths: dict[str, Path] = {}
@@ -348,14 +245,6 @@ def find_reference(config: EvaluateConfig, folders: list[SampleList]) -> SampleL
         path = Path(config.reference).resolve()
         named = next((samples for samples in folders if samples.path.resolve() == path), None)
     return named or open_samples(config.reference)
-
-
-def collect(mine: dict[int, Any], share: Share) -> dict[int, Any]:
-    if share.world_size == 1:
-        return mine
-    gathered: list[Any] = [None] * share.world_size
-    dist.all_gather_object(gathered, mine)  # from processes of this very program
-    return {index: outcome for found in gathered for index, outcome in found.items()}
 
 
 def describe(
@@ -413,7 +302,7 @@ def main() -> None:
     config = read_config(Path(sys.argv[1]), EvaluateConfig)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     topology = start_process_group(config.launch.device, config.launch.timeout_seconds)
-    share = Share(topology.rank, topology.world_size, topology.device)
+    share = Share.of(topology)
     result = compare(config, share)
     if result is not None:
         write_atomic(Path(sys.argv[1]).with_name(RESULT), json.dumps(result, indent=1) + "\n")

@@ -24,7 +24,10 @@ from piflow_dist.evaluation.networks import FeatureNetwork
 from piflow_dist.evaluation.samples import EvaluationError
 from piflow_dist.evaluation.shares import Share
 
+CPU = torch.device("cpu")
 FORMAT = "piflow_dist real statistics 1"
+ROWS = 4096
+"""Images whose features are on the device at a time, in float64."""
 KEPT = 10_000
 """Images whose features are kept, evenly spaced: kernel distance and precision compare pairs of images."""
 
@@ -38,9 +41,23 @@ class Moments:
     count: int
 
     @classmethod
-    def of(cls, features_ND: Tensor) -> "Moments":
-        whole = features_ND.double()
-        return cls(whole.mean(dim=0), torch.cov(whole.T).reshape(whole.shape[1], whole.shape[1]), len(whole))
+    def of(cls, features_ND: Tensor, device: torch.device, chosen_N: Tensor | None = None) -> "Moments":
+        """Of all rows or of those chosen, in blocks on `device`, where the moments stay."""
+        rows_N = torch.arange(len(features_ND)) if chosen_N is None else chosen_N
+        D = features_ND.shape[1]
+        near_D = features_ND[:ROWS].to(device).double().mean(dim=0)  # so that no large squares are subtracted
+        sum_D = torch.zeros(D, dtype=torch.float64, device=device)
+        products_DD = torch.zeros(D, D, dtype=torch.float64, device=device)
+        for block in rows_N.split(ROWS):
+            block_BD = features_ND[block].to(device).double() - near_D
+            sum_D += block_BD.sum(dim=0)
+            products_DD += block_BD.T @ block_BD
+        count = len(rows_N)
+        mean_D = sum_D / count
+        return cls(near_D + mean_D, (products_DD - count * torch.outer(mean_D, mean_D)) / (count - 1), count)
+
+    def to(self, device: torch.device) -> "Moments":
+        return Moments(self.mean_D.to(device), self.covariance_DD.to(device), self.count)
 
 
 @dataclass(frozen=True)
@@ -233,9 +250,9 @@ def real_statistics(
         network.fingerprint,
         f"{images.title}, {len(images)} images",
         images.fingerprint,
-        Moments.of(features_ND),
+        Moments.of(features_ND, share.device).to(CPU),
         features_ND[chosen],
-        Moments.of(patch_ND) if len(patch_ND) > patch_ND.shape[1] > 0 else None,
+        Moments.of(patch_ND, share.device).to(CPU) if len(patch_ND) > patch_ND.shape[1] > 0 else None,
     )
     if share.is_main:
         statistics.save(path)

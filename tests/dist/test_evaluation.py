@@ -1,15 +1,19 @@
 """tools/evaluate.py: the same numbers on any number of processes, reports that are whole, and weights that are missing."""
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import REPO, run_tool
 from ranks import run_ranks
 
@@ -18,6 +22,8 @@ from piflow_dist.evaluation.real import RealStatistics
 from piflow_dist.evaluation.samples import EvaluationError
 from piflow_dist.evaluation.settings import EvaluateConfig
 from piflow_dist.evaluation.shares import Share
+from piflow_dist.parallel.topology import Topology
+from piflow_dist.sampling.control import PATIENCE
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from data_sets import PROMPTS, write_set  # noqa: E402
@@ -57,8 +63,19 @@ def settings(root: Path, **others: object) -> EvaluateConfig:
 
 
 def compare_rank(rank: int, world_size: int, root: Path) -> dict | None:
+    """As the tool's processes do; every word between ranks goes over the group that has no time limit to speak of."""
     os.chdir(root)
-    return compare(settings(root), Share(rank, world_size))
+    share = Share.of(Topology(rank, world_size, rank, torch.device("cpu"), 1))
+    assert share.group._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+    for name in ("all_reduce", "all_gather_object", "broadcast", "broadcast_object_list", "barrier"):
+        patient = functools.partial(over, getattr(dist, name), share.group)
+        setattr(dist, name, patient)
+    return compare(settings(root), share)
+
+
+def over(collective: Callable[..., None], wanted: dist.ProcessGroup, *args: Any, **options: Any) -> None:
+    assert options["group"] is wanted, f"{collective.__name__} is not over the patient group"
+    collective(*args, **options)
 
 
 @pytest.fixture(scope="module")
