@@ -21,9 +21,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import read_config
 from piflow_dist.evaluation import quality
-from piflow_dist.evaluation.folder import SampleList, check_same_noises, open_samples
+from piflow_dist.evaluation.folder import SampleList, distinct_titles, open_samples, pair_up
 from piflow_dist.evaluation.instruments import Tools, open_tools, scorers
-from piflow_dist.evaluation.measures import measures
+from piflow_dist.evaluation.measures import measures_of
 from piflow_dist.evaluation.metrics import NotMeasurable, psnr_per_image
 from piflow_dist.evaluation.networks import FeatureNetwork, Lpips, SmallNetwork
 from piflow_dist.evaluation.quality import Result
@@ -61,14 +61,24 @@ class Row:
     steps: int | None
     count: int
     folder: str
+    pairs: int | None = None
+    """Images that have a partner in the reference; None of the reference itself, and without one."""
     results: dict[str, Result] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
 
 def look_at(
-    samples: SampleList, reference: SampleList | None, tools: Tools, share: Share, batch_size: int
+    samples: SampleList,
+    reference: SampleList | None,
+    pairs: dict[int, int],
+    tools: Tools,
+    share: Share,
+    batch_size: int,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """({what: one row an image}, {what: why it is not there}); the same on every rank."""
+    """({what: one row an image}, {what: why it is not there}); the same on every rank.
+
+    pairs: places of images -> those of their partners in the reference. An image without one has rows that are not a number.
+    """
     rows: dict[str, dict[int, Tensor]] = {key: {} for key in rows_of(tools, reference)}
     failed: dict[str, str] = {}
     with (
@@ -93,8 +103,11 @@ def look_at(
                 except NotMeasurable as reason:
                     failed.setdefault(key, str(reason))
             if reference is not None:
-                theirs = list(readers.map(reference.image, indices))
-                add_comparison(rows, images, theirs, samples, reference, indices, tools.lpips)
+                paired = {index: pairs[index] for index in indices if index in pairs}
+                theirs = dict(zip(paired, readers.map(reference.image, paired.values()), strict=True))
+                for index, their in theirs.items():
+                    mine = images[index - indices.start]
+                    add_comparison(rows, (mine, their), samples, reference, (index, paired[index]), tools.lpips)
             if share.is_main:
                 progress.update(min(indices[-1] + 1, len(samples)))
     gathered = {key: share.gather(rows[key], len(samples)) for key in sorted(rows)}
@@ -124,28 +137,27 @@ def add_features(
 
 def add_comparison(
     rows: dict[str, dict[int, Tensor]],
-    images: list[Tensor],
-    theirs: list[Tensor],
+    images: tuple[Tensor, Tensor],
     samples: SampleList,
     reference: SampleList,
-    indices: range,
+    places: tuple[int, int],
     lpips: Lpips | None,
 ) -> None:
-    """Image by image against the reference from the same noise."""
-    for place, index in enumerate(indices):
-        mine, their = images[place], theirs[place]
-        if mine.shape != their.shape:
-            raise EvaluationError(
-                f"Image {index} is {tuple(mine.shape)} in {samples.path} and {tuple(their.shape)} in {reference.path}: they are "
-                "not from the same noise."
-            )
-        rows["psnr"][index] = psnr_per_image(mine[None], their[None])[0]
-        if lpips is not None:
-            rows["lpips"][index] = lpips.distance(mine[None], their[None])[0]
-        z, z_reference = samples.latent(index), reference.latent(index)
-        if z is not None and z_reference is not None and z.shape == z_reference.shape:
-            parts = ((z.double() - z_reference.double()).square().sum(), z_reference.double().square().sum())
-            rows["latent"][index] = torch.stack(parts)
+    """An image against the reference's from the same noise."""
+    (mine, their), (place, their_place) = images, places
+    if mine.shape != their.shape:
+        raise EvaluationError(
+            f"{samples.path / samples.lines[place]['file']} is {tuple(mine.shape)} and "
+            f"{reference.path / reference.lines[their_place]['file']} {tuple(their.shape)} (channels, height, width): they are not "
+            "from the same noise. Sample both at one size, or leave reference= out."
+        )
+    rows["psnr"][place] = psnr_per_image(mine[None], their[None])[0]
+    if lpips is not None:
+        rows["lpips"][place] = lpips.distance(mine[None], their[None])[0]
+    z, z_reference = samples.latent(place), reference.latent(their_place)
+    if z is not None and z_reference is not None and z.shape == z_reference.shape:
+        parts = ((z.double() - z_reference.double()).square().sum(), z_reference.double().square().sum())
+        rows["latent"][place] = torch.stack(parts)
 
 
 def reduced(image_chw: Tensor) -> Tensor:
@@ -174,8 +186,7 @@ def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
     folders = [open_samples(path) for path in config.samples]
     check_names(folders)
     reference = find_reference(config, folders)
-    for samples in folders if reference is not None else []:
-        check_same_noises(samples, reference)
+    pairs = {samples.path: {} if reference is None else pair_up(samples, reference) for samples in folders}
     tools = open_tools(config, share, folders[0].image(0) if folders else None)
     if config.stats is not None:
         if tools.real is None:
@@ -186,14 +197,13 @@ def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
     seen, notes = {}, {}
     for samples in everything:
         compared = None if samples is reference else reference
-        seen[samples.path], notes[samples.path] = look_at(samples, compared, tools, share, config.batch_size)
-    theirs = None if reference is None else seen[reference.path]
+        seen[samples.path], notes[samples.path] = look_at(
+            samples, compared, pairs.get(samples.path, {}), tools, share, config.batch_size
+        )
     tasks = [
         (number, measure)
         for number, samples in enumerate(folders)
-        for measure in measures(
-            samples, seen[samples.path], theirs, samples is reference, tools, config.resamples, share.device
-        )
+        for measure in measures_of(samples, seen, reference, pairs[samples.path], tools, config.resamples, share.device)
         if not set(measure.keys) & unusable(notes, samples, reference)
     ]
     mine: dict[int, dict[str, Result] | str] = {}
@@ -206,6 +216,9 @@ def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
     if not share.is_main:
         return None
     rows = [describe(samples, tools, notes[samples.path], samples is reference, reference) for samples in folders]
+    for row, samples, title in zip(rows, folders, distinct_titles(folders), strict=True):
+        row.title = title
+        row.pairs = None if reference in (None, samples) else len(pairs[samples.path])
     for index, (number, measure) in enumerate(tasks):
         outcome = found[index]
         if isinstance(outcome, str):
@@ -284,6 +297,7 @@ def as_json(config: EvaluateConfig, rows: list[Row], reference: SampleList | Non
         "format": 2,
         "reference": None if reference is None else reference.name,
         "reference_folder": None if reference is None else str(reference.path),
+        "reference_count": None if reference is None else len(reference),
         "network": None if tools.network is None else tools.network.title,
         "real": None if tools.real is None else tools.real.title,
         "missing": tools.notes,

@@ -3,6 +3,7 @@
 B samples, C latent channels, H W latent size; images are (c, h, w) with their own size.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,17 @@ class SampleList:
     @property
     def prompts(self) -> list[str]:
         return [line["prompt"] for line in self.lines]
+
+    @cached_property
+    def noises(self) -> list[tuple[str, int, int]]:
+        """Prompt and seed of each image, and how many of both there were before: a file of prompts may list one twice."""
+        seen: Counter[tuple[str, int]] = Counter()
+        found = []
+        for line in self.lines:
+            key = (line["prompt"], line["seed"])
+            found.append((*key, seen[key]))
+            seen[key] += 1
+        return found
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -113,19 +125,30 @@ def open_samples(path: Path | str) -> SampleList:
     return SampleList(path, meta, lines)
 
 
-def check_same_noises(samples: SampleList, reference: SampleList) -> None:
-    """Raise EvaluationError unless both hold the same prompts and seeds in the same order."""
-    if len(samples) != len(reference):
+def pair_up(samples: SampleList, reference: SampleList) -> dict[int, int]:
+    """Place of an image -> that of the reference's from the same prompt and seed; an image that either could not make has none.
+
+    Raises EvaluationError where there is no pair.
+    """
+    places = {key: place for place, key in enumerate(reference.noises)}
+    pairs = {place: places[key] for place, key in enumerate(samples.noises) if key in places}
+    if not pairs:
+        (prompt, seed, _), (their_prompt, their_seed, _) = samples.noises[0], reference.noises[0]
         raise EvaluationError(
-            f"{samples.path} holds {len(samples)} samples and {reference.path} {len(reference)}: they are compared "
-            "image by image from the same noises. Sample both with the same prompts and seeds."
+            f"{samples.path} and {reference.path} have no prompt and seed in common (the first: {prompt!r} with {seed}, and "
+            f"{their_prompt!r} with {their_seed}): they are compared image by image from the same noises. Sample both with the "
+            "same prompts and seeds, or leave reference= out."
         )
-    for index, (mine, theirs) in enumerate(zip(samples.lines, reference.lines, strict=True)):
-        if (mine["seed"], mine["prompt"]) != (theirs["seed"], theirs["prompt"]):
-            raise EvaluationError(
-                f"Sample {index} of {samples.path} has seed {mine['seed']} and prompt {mine['prompt']!r}, in {reference.path} "
-                f"seed {theirs['seed']} and prompt {theirs['prompt']!r}. Sample both with the same prompts and seeds."
-            )
+    return pairs
+
+
+def distinct_titles(folders: list[SampleList]) -> list[str]:
+    """Of rows in one table: with the folder's name where titles alone are the same."""
+    titles = [samples.title for samples in folders]
+    return [
+        f"{title} ({samples.name})" if titles.count(title) > 1 else title
+        for title, samples in zip(titles, folders, strict=True)
+    ]
 
 
 def read_image(path: Path) -> Tensor:

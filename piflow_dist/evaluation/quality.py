@@ -330,6 +330,10 @@ def relative_diversity(
     members: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         members.setdefault(prompt, []).append(index)
+    if not members:
+        raise NotMeasurable(
+            "diversity needs two images of a prompt that the reference has too. Sample more images a prompt."
+        )
     single = [prompt for prompt, indices in members.items() if len(indices) < 2]
     if single:
         raise NotMeasurable(

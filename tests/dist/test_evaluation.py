@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPO, run_tool
+from conftest import REPO, load_tool, run_tool
 from ranks import run_ranks
 
-from piflow_dist.evaluation.compare import compare
+from piflow_dist.config import read_config
+from piflow_dist.evaluation import run
+from piflow_dist.evaluation.compare import RESULT, compare
 from piflow_dist.evaluation.real import RealStatistics
 from piflow_dist.evaluation.samples import EvaluationError
 from piflow_dist.evaluation.settings import EvaluateConfig
@@ -161,9 +164,49 @@ def test_statistics_made_once_give_the_same(found: dict, inputs: Path, tmp_path:
         compare(settings(inputs, real=str(file), rewards=[]), Share())
 
 
+def test_images_that_one_source_could_not_make(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What both have is compared, as if neither had been asked for the rest."""
+    kept = {"student": [*range(3), *range(4, 70)], "teacher": range(68), "few": range(70)}
+    both = [*range(3), *range(4, 68)]
+    measured = {}
+    for name, places in {**kept, "fewer": both, "others": both}.items():
+        source = {"fewer": "student", "others": "teacher"}.get(name, name)
+        shutil.copytree(inputs / source, tmp_path / name, ignore=shutil.ignore_patterns("metrics.json"))
+        lines = (inputs / source / "manifest.jsonl").read_text().splitlines()
+        (tmp_path / name / "manifest.jsonl").write_text("".join(lines[place] + "\n" for place in places))
+    for first, other in (("student", "teacher"), ("fewer", "others")):
+        names = [first, "few", other] if first == "student" else [first, other]
+        config = settings(
+            inputs, samples=[str(tmp_path / name) for name in names], reference=other, rewards=[], out=str(tmp_path / f"out_{first}")
+        )
+        in_process(config)
+        measured[first] = json.loads((config.out_dir / "evaluation.json").read_text())["rows"]
+    printed = " ".join(capsys.readouterr().out.split())
+    said = "Images compared with teacher, which has 68, from the same prompts and seeds: student 67 of 69; few 68 of 70."
+    for text in (printed, (tmp_path / "out_student/evaluation.md").read_text(), (tmp_path / "out_student/evaluation.html").read_text()):
+        assert said in text
+    assert "which has 67, from the same prompts and seeds: fewer all 67." in printed
+    found, want = measured["student"][0]["results"], measured["fewer"][0]["results"]
+    for key in ("psnr_db", "latent_relative_error", "fid_reference", "diversity", "diversity_pixels"):
+        assert found[key] == {end: pytest.approx(value, rel=1e-4) for end, value in want[key].items()}, key
+
+
+def in_process(config: EvaluateConfig) -> None:
+    """tools/evaluate.py without processes of its own."""
+
+    def measure(module: str, arguments: list[str], *_: object) -> None:
+        (path,) = arguments
+        Path(path).with_name(RESULT).write_text(json.dumps(compare(read_config(Path(path), EvaluateConfig), Share())))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "run_workers", measure)
+        result, paths = run.evaluate(config)
+        load_tool("evaluate").show(config, result, paths)
+
+
 def test_samples_of_other_noises_are_refused(inputs: Path, tmp_path: Path) -> None:
     other = write_samples(tmp_path / "other", torch.zeros(IMAGES, 1, 8, 8, dtype=torch.uint8), ["another"] * IMAGES)
-    with pytest.raises(EvaluationError, match="Sample 0 of .*other has seed 1000 and prompt 'another'"):
+    with pytest.raises(EvaluationError, match="other and .*teacher have no prompt and seed in common .the first: 'another' with 1000"):
         compare(settings(inputs, samples=[str(other)]), Share())
     (inputs / "few" / "images" / "00003_1003.png").rename(tmp_path / "kept.png")
     try:
