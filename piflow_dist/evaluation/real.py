@@ -230,10 +230,7 @@ def real_statistics(
     images = open_real(source, split, share.device)
     key = hashlib.sha256(f"{images.fingerprint} {network.fingerprint}".encode()).hexdigest()[:16]
     path = cache / f"real_{key}.safetensors"
-    share.wait()  # nobody looks before all have come this far, or a late one would find what an early one wrote
-    kept = path.is_file()
-    share.wait()
-    if kept:
+    if share.from_main(path.is_file()):
         return RealStatistics.load(path)
     rows: dict[int, Tensor] = {}
     patches: dict[int, Tensor] = {}

@@ -84,6 +84,13 @@ class Share:
         dist.all_gather_object(gathered, mine, group=self.group)  # from processes of this very program
         return {key: value for found in reversed(gathered) for key, value in found.items()}
 
+    def from_main(self, flag: bool) -> bool:
+        """Rank 0's. (Ranks look at a shared folder at different moments.)"""
+        told = torch.tensor([flag], dtype=torch.uint8)
+        if self.world_size > 1:
+            dist.broadcast(told, 0, group=self.group)
+        return bool(told.item())
+
     def wait(self) -> None:
         if self.world_size > 1:
             dist.barrier(group=self.group)

@@ -21,6 +21,7 @@ from ranks import run_ranks
 from piflow_dist.config import read_config
 from piflow_dist.evaluation import run
 from piflow_dist.evaluation.compare import RESULT, compare
+from piflow_dist.evaluation.instruments import open_tools
 from piflow_dist.evaluation.real import RealStatistics
 from piflow_dist.evaluation.samples import EvaluationError
 from piflow_dist.evaluation.settings import EvaluateConfig
@@ -76,6 +77,17 @@ def compare_rank(rank: int, world_size: int, root: Path) -> dict | None:
     return compare(settings(root), share)
 
 
+def look_for_statistics(rank: int, root: Path) -> None:
+    """A shared disk that shows one of two ranks the statistics and not the other: both do what rank 0 sees."""
+    config = settings(root)
+    tools = open_tools(config, Share(rank, 2), None)
+    is_file = Path.is_file
+    for seen_by in (0, 1):
+        Path.is_file = lambda path, sees=rank == seen_by: is_file(path) and (sees or not path.name.startswith("real_"))
+        again = open_tools(config, Share(rank, 2), None)
+        assert torch.equal(again.real.moments.covariance_DD, tools.real.moments.covariance_DD)
+
+
 def over(collective: Callable[..., None], wanted: dist.ProcessGroup, *args: Any, **options: Any) -> None:
     assert options["group"] is wanted, f"{collective.__name__} is not over the patient group"
     collective(*args, **options)
@@ -109,6 +121,10 @@ def test_the_number_of_processes_changes_no_digit(found: dict, inputs: Path, wor
     here = run_ranks(compare_rank, world_size, world_size, inputs, time_limit=300, warm=True)
     assert all(other is None for other in here[1:])
     assert json.loads(json.dumps(here[0]))["rows"] == found["result"]["rows"]
+
+
+def test_what_a_shared_disk_shows_to_one_rank_alone(found: dict, inputs: Path) -> None:
+    run_ranks(look_for_statistics, 2, inputs, time_limit=300, warm=True)
 
 
 def test_what_was_measured(found: dict) -> None:

@@ -18,6 +18,7 @@ from piflow_dist.checkpoint.files import newest_complete
 from piflow_dist.checkpoint.runs import read_run_config
 from piflow_dist.config import Config, ConfigError, load_config
 from piflow_dist.distill.objectives import Batch, TeacherVelocity, build_schedule
+from piflow_dist.evaluation import during
 from piflow_dist.evaluation.during import read_prompts
 from piflow_dist.flow.solvers import euler_sample, policy_sample
 from piflow_dist.models.adapters import teacher_config
@@ -68,6 +69,8 @@ def train_rank(rank: int, tp: int, data: Path, teacher: Path, out: Path) -> dict
 
         start_groups(tp, timedelta(seconds=600))
     topology = Topology(rank, 2, rank, torch.device("cpu"), tp)
+    if not topology.is_main:  # one rank's encoder does for all
+        during.load_prompt_encoder = None
     found = {}
     for name, options in (SPLIT if tp > 1 else SCENARIOS).items():
         with_evaluation = (*options, *EVALUATED)
