@@ -46,9 +46,9 @@ def show(config: EvaluateConfig, result: dict[str, Any], paths: Paths | None) ->
     console = Console()
     console.print(table)
     if (pairs := pairs_of(result)) is not None:
-        console.print(pairs, markup=False)
+        console.print(pairs, markup=False, soft_wrap=True)
     for note in notes_of(result, metrics):
-        console.print(f"not measured: {note}", markup=False)
+        console.print(f"not measured: {note}", markup=False, soft_wrap=True)  # paths stay whole
     print(f"Report: {paths.html} (also {paths.markdown.name} and {paths.numbers.name})")
 
 

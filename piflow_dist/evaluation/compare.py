@@ -35,7 +35,7 @@ from piflow_dist.launch.console import StepProgress
 
 RESULT = "result.json"
 SMALL = 32
-"""Edge that images are reduced to for distances between pixels."""
+"""Edge that images are brought to for distances between pixels."""
 READERS = 4
 OF_FEATURES = (
     "inception_score",
@@ -161,11 +161,8 @@ def add_comparison(
 
 
 def reduced(image_chw: Tensor) -> Tensor:
-    """Flat pixels in [0, 1] at a size that allows distances between all images of a prompt to be kept."""
-    scaled_chw = image_chw.float() / 255
-    if max(image_chw.shape[-2:]) > SMALL:
-        scaled_chw = F.adaptive_avg_pool2d(scaled_chw, SMALL)
-    return scaled_chw.reshape(-1)
+    """Flat pixels in [0, 1], at one size for images of all sizes: small enough that a row of every image is kept."""
+    return F.adaptive_avg_pool2d(image_chw.float() / 255, SMALL).reshape(-1)
 
 
 def compare(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
@@ -190,7 +187,8 @@ def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
     tools = open_tools(config, share, folders[0].image(0) if folders else None)
     if config.stats is not None:
         if tools.real is None:
-            raise EvaluationError(f"stats={config.stats} cannot be made: {'; '.join(tools.notes.values())}")
+            reason = tools.notes["features" if tools.network is None else "real"]
+            raise EvaluationError(f"stats={config.stats} cannot be made: {reason}")
         if share.is_main:
             tools.real.save(Path(config.stats))
     everything = folders + ([reference] if reference is not None and reference not in folders else [])

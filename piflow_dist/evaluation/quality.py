@@ -139,7 +139,7 @@ QUALITY = (
         title="Diversity in pixels",
         better="one",
         digits=2,
-        definition="The same with the distance between pixels, images reduced to at most 32 x 32.",
+        definition="The same with the distance between pixels, images brought to 32 x 32.",
     ),
     Metric(
         key="evaluations_per_image",

@@ -5,7 +5,7 @@ N real images  D features
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from data_pipeline.description import FILE_NAME, load_description
 from data_pipeline.scan import IMAGE_SUFFIXES
 from data_pipeline.store import is_remote
 from piflow_dist.evaluation.folder import read_image
+from piflow_dist.evaluation.metrics import NotMeasurable
 from piflow_dist.evaluation.networks import FeatureNetwork
 from piflow_dist.evaluation.samples import EvaluationError
 from piflow_dist.evaluation.shares import Share
@@ -217,7 +218,7 @@ def real_statistics(
 ) -> RealStatistics:
     """From a file, from the cache, or computed by all ranks together and kept; the same on every rank.
 
-    Raises EvaluationError where a file is of another network, or the images cannot be read.
+    Raises NotMeasurable or EvaluationError, on every rank, where a file is of another network, or the images cannot be read.
     """
     if source.endswith(".safetensors"):
         found = RealStatistics.load(Path(source))
@@ -227,18 +228,13 @@ def real_statistics(
                 f"evaluation, {network.title} ({network.fingerprint[:12]}). Make it again with stats=."
             )
         return found
-    images = open_real(source, split, share.device)
+    images = share.attempt(lambda: open_real(source, split, share.device))
     key = hashlib.sha256(f"{images.fingerprint} {network.fingerprint}".encode()).hexdigest()[:16]
     path = cache / f"real_{key}.safetensors"
     if share.from_main(path.is_file()):
         return RealStatistics.load(path)
-    rows: dict[int, Tensor] = {}
-    patches: dict[int, Tensor] = {}
-    for indices in share.batches(len(images), batch_size):
-        features, patch = describe_all(network, images.read(indices))
-        rows |= {index: features[place] for place, index in enumerate(indices)}
-        patches |= {index: patch[place] for place, index in enumerate(indices) if patch[place] is not None}
-        progress(len(indices))
+    batches = share.batches(len(images), batch_size)
+    rows, patches = share.attempt(lambda: describe_batches(images, batches, network, progress))
     features_ND = share.gather(rows, len(images))
     patch_ND = share.gather(patches, len(images))
     patch_ND = patch_ND[~patch_ND.isnan().any(dim=1)] if patch_ND.numel() else patch_ND
@@ -251,10 +247,25 @@ def real_statistics(
         features_ND[chosen],
         Moments.of(patch_ND, share.device).to(CPU) if len(patch_ND) > patch_ND.shape[1] > 0 else None,
     )
-    if share.is_main:
-        statistics.save(path)
-    share.wait()
+    share.attempt(lambda: statistics.save(path) if share.is_main else None)
     return statistics
+
+
+def describe_batches(
+    images: RealImages, batches: Iterable[range], network: FeatureNetwork, progress: Callable[[int], None]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Features and, of images that are large enough, features of the middle patch, by the image's number."""
+    rows: dict[int, Tensor] = {}
+    patches: dict[int, Tensor] = {}
+    for indices in batches:
+        try:
+            features, patch = describe_all(network, images.read(indices))
+        except NotMeasurable as reason:
+            raise EvaluationError(f"real={images.title}: {reason}") from reason
+        rows |= {index: features[place] for place, index in enumerate(indices)}
+        patches |= {index: patch[place] for place, index in enumerate(indices) if patch[place] is not None}
+        progress(len(indices))
+    return rows, patches
 
 
 def describe_all(network: FeatureNetwork, images: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:

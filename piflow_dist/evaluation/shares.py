@@ -4,16 +4,19 @@ Images come in fixed batches of consecutive ones, whole batches go to ranks in t
 images: a network sees the same batches on any number of processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from piflow_dist.evaluation.metrics import NotMeasurable
 from piflow_dist.parallel.topology import Topology
 from piflow_dist.sampling.control import PATIENCE
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,21 @@ class Share:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, mine, group=self.group)  # from processes of this very program
         return {key: value for found in reversed(gathered) for key, value in found.items()}
+
+    def attempt(self, make: Callable[[], T]) -> T:
+        """What `make` gives. Raises NotMeasurable on every rank where it fails on one, with the lowest rank's reason.
+
+        A rank that went on alone would wait for the others for ever. What ranks do together inside fails on all of them.
+        """
+        made, failed = None, {}
+        try:
+            made = make()
+        except (NotMeasurable, ValueError, OSError) as reason:
+            failed["reason"] = str(reason)
+        failed = self.together(failed)
+        if failed:
+            raise NotMeasurable(failed["reason"])
+        return made
 
     def from_main(self, flag: bool) -> bool:
         """Rank 0's. (Ranks look at a shared folder at different moments.)"""

@@ -1,6 +1,7 @@
 """tools/evaluate.py: the same numbers on any number of processes, reports that are whole, and weights that are missing."""
 
 import functools
+import html as html_lib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import REPO, load_tool, run_tool
+from PIL import Image
 from ranks import run_ranks
 
 from piflow_dist.config import read_config
@@ -77,8 +79,13 @@ def compare_rank(rank: int, world_size: int, root: Path) -> dict | None:
     return compare(settings(root), share)
 
 
-def look_for_statistics(rank: int, root: Path) -> None:
-    """A shared disk that shows one of two ranks the statistics and not the other: both do what rank 0 sees."""
+def look_for_statistics(rank: int, root: Path, broken: Path) -> None:
+    """A shared disk that shows one of two ranks the statistics and not the other: both do what rank 0 sees.
+
+    An image that one of them cannot read costs both the real images.
+    """
+    notes = open_tools(settings(root, real=str(broken)), Share(rank, 2), None).notes
+    assert "9.png cannot be read as an image" in notes["real"]
     config = settings(root)
     tools = open_tools(config, Share(rank, 2), None)
     is_file = Path.is_file
@@ -123,8 +130,63 @@ def test_the_number_of_processes_changes_no_digit(found: dict, inputs: Path, wor
     assert json.loads(json.dumps(here[0]))["rows"] == found["result"]["rows"]
 
 
-def test_what_a_shared_disk_shows_to_one_rank_alone(found: dict, inputs: Path) -> None:
-    run_ranks(look_for_statistics, 2, inputs, time_limit=300, warm=True)
+def test_what_one_rank_alone_sees_of_a_disk(found: dict, inputs: Path, tmp_path: Path) -> None:
+    run_ranks(look_for_statistics, 2, inputs, write_real(tmp_path / "broken", 8, broken=True), time_limit=300, warm=True)
+
+
+def write_real(folder: Path, edge: int, broken: bool = False) -> Path:
+    """12 images, the last batch of which rank 1 of 2 reads; `broken` is one of those."""
+    folder.mkdir()
+    for number in range(12):
+        Image.new("L", (edge, edge), 20 * number).save(folder / f"{number}.png")
+    if broken:
+        (folder / "9.png").write_bytes(b"no image")
+    return folder
+
+
+REAL = {"fid", "kid", "precision", "recall", "patch_fid"}
+FEATURES = REAL | {"inception_score"}
+
+
+@pytest.mark.parametrize(
+    ("case", "lost", "said"),
+    [
+        ("inception", FEATURES, "inception=.*/gone.safetensors does not exist. docs/evaluation.md says"),
+        ("dataset", FEATURES, "No data set in .*/gone: .*dataset.json is missing"),
+        ("size", FEATURES, "images are .1, 16, 16. .*, those of dataset=.*data .1, 8, 8."),
+        ("one_size", FEATURES, "images of .1, 16, 16., and the small network was trained on .1, 8, 8."),
+        ("no_real", REAL, "real=.*/gone does not exist"),
+        ("real_size", REAL, "real=.*real_size: images of .1, 16, 16., and the small network was trained on"),
+        ("broken", REAL, "9.png cannot be read as an image"),
+    ],
+)
+def test_features_that_cannot_be_had_cost_no_other_metric(
+    case: str, lost: set[str], said: str, found: dict, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The reason is in console, HTML and markdown."""
+    samples = write_sized(tmp_path / "samples", 16 if case == "size" else 8, 16 if case in ("size", "one_size") else 8)
+    options: dict[str, object] = {"samples": [str(samples)], "rewards": [], "resamples": 0, "out": str(tmp_path / "out")}
+    options |= {
+        "inception": {"inception": str(tmp_path / "gone.safetensors")},
+        "dataset": {"dataset": str(tmp_path / "gone")},
+        "no_real": {"real": str(tmp_path / "gone")},
+        "real_size": {"real": str(write_real(tmp_path / "real_size", 16))},
+        "broken": {"real": str(write_real(tmp_path / "broken", 8, broken=True))},
+    }.get(case, {})
+    in_process(settings(inputs, reference=None, **options))
+    reports = [capsys.readouterr().out, *((tmp_path / "out" / f"evaluation.{kind}").read_text() for kind in ("html", "md"))]
+    for text in reports:
+        assert re.search(said, " ".join(html_lib.unescape(text).split())), text
+    row = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"][0]
+    assert lost <= row["notes"].keys() and row["results"]["images_per_second"]["value"] > 0
+    assert {"inception_score", "prompt_accuracy"} <= (row["notes"] if lost == FEATURES else row["results"]).keys()
+
+
+def write_sized(folder: Path, edge: int, last_edge: int) -> Path:
+    """Three samples, of which the last one may have another size."""
+    write_samples(folder, torch.full((3, 1, edge, edge), 90, dtype=torch.uint8), list(PROMPTS[:3]))
+    Image.new("L", (last_edge, last_edge)).save(folder / "images" / "00002_1002.png")
+    return folder
 
 
 def test_what_was_measured(found: dict) -> None:
@@ -176,8 +238,10 @@ def test_statistics_made_once_give_the_same(found: dict, inputs: Path, tmp_path:
     (have,) = (row["results"]["fid"] for row in json.loads(json.dumps(again["rows"])) if row["name"] == "student")
     assert have == want
     replace(statistics, network="other").save(file)
-    with pytest.raises(EvaluationError, match="made with other weights of a feature network"):
-        compare(settings(inputs, real=str(file), rewards=[]), Share())
+    notes = compare(settings(inputs, real=str(file), rewards=[]), Share())["rows"][0]["notes"]
+    assert "made with other weights of a feature network" in notes["fid"] == notes["recall"]
+    with pytest.raises(EvaluationError, match="stats=.* cannot be made: real=.* was made with other weights"):
+        compare(settings(inputs, samples=[], reference=None, rewards=[], stats=str(tmp_path / "x.safetensors"), real=str(file)), Share())
 
 
 def test_images_that_one_source_could_not_make(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
