@@ -181,7 +181,6 @@ def compare(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
 
 def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
     folders = [open_samples(path) for path in config.samples]
-    check_names(folders)
     reference = find_reference(config, folders)
     pairs = {samples.path: {} if reference is None else pair_up(samples, reference) for samples in folders}
     tools = open_tools(config, share, folders[0].image(0) if folders else None)
@@ -235,17 +234,6 @@ def unusable(notes: dict[Path, dict[str, str]], samples: SampleList, reference: 
             missing.add(key)
             notes[samples.path].setdefault(key, f"of the reference: {theirs[key]}")
     return missing
-
-
-def check_names(folders: list[SampleList]) -> None:
-    """Results are kept by the folder's name. Raises EvaluationError where two have the same."""
-    paths: dict[str, Path] = {}
-    for samples in folders:
-        other = paths.setdefault(samples.name, samples.path)
-        if other is not samples.path:
-            raise EvaluationError(
-                f"samples: {other} and {samples.path} are both named {samples.name}, which results are kept by. Rename one."
-            )
 
 
 def find_reference(config: EvaluateConfig, folders: list[SampleList]) -> SampleList | None:
