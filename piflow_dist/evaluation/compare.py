@@ -21,14 +21,13 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import read_config
 from piflow_dist.evaluation import quality
-from piflow_dist.evaluation.folder import SampleList, distinct_titles, open_samples, pair_up
 from piflow_dist.evaluation.instruments import Tools, open_tools, scorers
 from piflow_dist.evaluation.measures import measures_of
 from piflow_dist.evaluation.metrics import NotMeasurable, psnr_per_image
 from piflow_dist.evaluation.networks import FeatureNetwork, Lpips, SmallNetwork
 from piflow_dist.evaluation.quality import Result
 from piflow_dist.evaluation.real import by_shape
-from piflow_dist.evaluation.samples import EvaluationError
+from piflow_dist.evaluation.samples import EvaluationError, SampleFolder, distinct_titles, open_samples, pair_up
 from piflow_dist.evaluation.settings import EvaluateConfig
 from piflow_dist.evaluation.shares import Share
 from piflow_dist.launch.console import StepProgress
@@ -68,8 +67,8 @@ class Row:
 
 
 def look_at(
-    samples: SampleList,
-    reference: SampleList | None,
+    samples: SampleFolder,
+    reference: SampleFolder | None,
     pairs: dict[int, int],
     tools: Tools,
     share: Share,
@@ -114,7 +113,7 @@ def look_at(
     return gathered, share.together(failed)
 
 
-def rows_of(tools: Tools, reference: SampleList | None) -> list[str]:
+def rows_of(tools: Tools, reference: SampleFolder | None) -> list[str]:
     keys = ["pixels", *scorers(tools)]
     keys += ["features", "logits", "patch"] if tools.network is not None else []
     if reference is not None:
@@ -138,8 +137,8 @@ def add_features(
 def add_comparison(
     rows: dict[str, dict[int, Tensor]],
     images: tuple[Tensor, Tensor],
-    samples: SampleList,
-    reference: SampleList,
+    samples: SampleFolder,
+    reference: SampleFolder,
     places: tuple[int, int],
     lpips: Lpips | None,
 ) -> None:
@@ -225,7 +224,7 @@ def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
     return as_json(config, rows, reference, tools)
 
 
-def unusable(notes: dict[Path, dict[str, str]], samples: SampleList, reference: SampleList | None) -> set[str]:
+def unusable(notes: dict[Path, dict[str, str]], samples: SampleFolder, reference: SampleFolder | None) -> set[str]:
     """Metrics that images of this source or, for those that compare with it, of the reference could not be described for."""
     theirs = notes[reference.path] if reference is not None else {}
     missing = set(notes[samples.path]) & set(OF_FEATURES)
@@ -236,7 +235,7 @@ def unusable(notes: dict[Path, dict[str, str]], samples: SampleList, reference: 
     return missing
 
 
-def find_reference(config: EvaluateConfig, folders: list[SampleList]) -> SampleList | None:
+def find_reference(config: EvaluateConfig, folders: list[SampleFolder]) -> SampleFolder | None:
     if config.reference is None:
         return None
     named = next((samples for samples in folders if samples.name == config.reference), None)
@@ -247,7 +246,7 @@ def find_reference(config: EvaluateConfig, folders: list[SampleList]) -> SampleL
 
 
 def describe(
-    samples: SampleList, tools: Tools, failed: dict[str, str], is_reference: bool, reference: SampleList | None
+    samples: SampleFolder, tools: Tools, failed: dict[str, str], is_reference: bool, reference: SampleFolder | None
 ) -> Row:
     """A row with what its folder says, and the reasons for what was not attempted."""
     row = Row(samples.name, samples.title, samples.kind, samples.steps, len(samples), str(samples.path))
@@ -274,7 +273,7 @@ def describe(
     return row
 
 
-def as_json(config: EvaluateConfig, rows: list[Row], reference: SampleList | None, tools: Tools) -> dict[str, Any]:
+def as_json(config: EvaluateConfig, rows: list[Row], reference: SampleFolder | None, tools: Tools) -> dict[str, Any]:
     for row in rows:
         row.notes = {key: note for key, note in row.notes.items() if key not in row.results}
     definitions = {metric.key: metric.definition for metric in quality.QUALITY}

@@ -9,11 +9,10 @@ from typing import Any
 
 from piflow_dist.evaluation import figures
 from piflow_dist.evaluation.evaluate import write_atomically
-from piflow_dist.evaluation.folder import SampleList, distinct_titles, open_samples
 from piflow_dist.evaluation.metrics import Metric
 from piflow_dist.evaluation.quality import QUALITY
 from piflow_dist.evaluation.report import render
-from piflow_dist.evaluation.samples import EvaluationError
+from piflow_dist.evaluation.samples import EvaluationError, SampleFolder, distinct_titles, open_samples
 
 COLUMNS = 8
 GRIDS = 3
@@ -83,7 +82,7 @@ def pairs_of(result: dict[str, Any]) -> str | None:
     return f"Images compared with {result['reference']}, which has {theirs}, from the same prompts and seeds: {'; '.join(told)}."
 
 
-def draw(titled: list[tuple[str, SampleList]]) -> dict[str, bytes]:
+def draw(titled: list[tuple[str, SampleFolder]]) -> dict[str, bytes]:
     """Grids: a column is one prompt and seed, a row one source, by its title. The first columns, not picked."""
     prompts, noises = titled[0][1].prompts, titled[0][1].noises
     places = [{noise: place for place, noise in enumerate(samples.noises)} for _, samples in titled]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from piflow_dist.evaluation import quality
-from piflow_dist.evaluation.folder import SampleList
 from piflow_dist.evaluation.instruments import Tools, scorers
 from piflow_dist.evaluation.metrics import NotMeasurable
 from piflow_dist.evaluation.networks import SmallNetwork
 from piflow_dist.evaluation.quality import Result
 from piflow_dist.evaluation.real import Moments, RealStatistics
+from piflow_dist.evaluation.samples import SampleFolder
 
 SEED = 0
 """Of intervals."""
@@ -38,9 +38,9 @@ class Measure:
 
 
 def measures_of(
-    samples: SampleList,
+    samples: SampleFolder,
     seen: dict[Path, dict[str, Tensor]],
-    reference: SampleList | None,
+    reference: SampleFolder | None,
     pairs: dict[int, int],
     tools: Tools,
     resamples: int,
@@ -59,7 +59,7 @@ def measures_of(
 
 
 def of_features(
-    samples: SampleList, mine: dict[str, Tensor], tools: Tools, resamples: int, device: torch.device
+    samples: SampleFolder, mine: dict[str, Tensor], tools: Tools, resamples: int, device: torch.device
 ) -> list[Measure]:
     """Of the feature network alone, and against real images."""
     if tools.network is None:
@@ -92,9 +92,9 @@ def of_features(
 
 
 def of_pairs(
-    samples: SampleList,
+    samples: SampleFolder,
     mine: dict[str, Tensor],
-    reference: SampleList,
+    reference: SampleFolder,
     theirs: dict[str, Tensor],
     pairs: dict[int, int],
     tools: Tools,

@@ -19,10 +19,9 @@ from torch import Tensor
 from data_pipeline.description import FILE_NAME, load_description
 from data_pipeline.scan import IMAGE_SUFFIXES
 from data_pipeline.store import is_remote
-from piflow_dist.evaluation.folder import read_image
 from piflow_dist.evaluation.metrics import NotMeasurable
 from piflow_dist.evaluation.networks import FeatureNetwork
-from piflow_dist.evaluation.samples import EvaluationError
+from piflow_dist.evaluation.samples import EvaluationError, read_image
 from piflow_dist.evaluation.shares import Share
 
 CPU = torch.device("cpu")
@@ -146,7 +145,7 @@ class ImageFolder:
         return len(self.paths)
 
     def read(self, indices: range) -> list[Tensor]:
-        return [read_image(self.paths[index]) for index in indices]
+        return [read_image(self.paths[index], "Mend or remove it.") for index in indices]
 
 
 class PreparedSet:
@@ -192,7 +191,7 @@ def _cropped(encoded: bytes, size: tuple[int, int], channels: int, key: str) -> 
             upright = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
             pixels = np.asarray(ImageOps.fit(upright, size, Image.Resampling.LANCZOS))
     except (OSError, UnidentifiedImageError) as error:
-        raise EvaluationError(f"image {key} cannot be read ({error}).") from error
+        raise EvaluationError(f"image {key} cannot be read ({error}). Prepare the set again.") from error
     tensor = torch.from_numpy(pixels.copy())
     return tensor.unsqueeze(0) if tensor.dim() == 2 else tensor.permute(2, 0, 1).contiguous()
 

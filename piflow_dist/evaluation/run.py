@@ -8,8 +8,7 @@ from typing import Any
 from piflow_dist.config import save_config
 from piflow_dist.evaluation.compare import RESULT
 from piflow_dist.evaluation.comparison import Paths, tracked_values, write_comparison
-from piflow_dist.evaluation.folder import open_samples
-from piflow_dist.evaluation.samples import EvaluationError
+from piflow_dist.evaluation.samples import EvaluationError, open_samples
 from piflow_dist.evaluation.settings import EvaluateConfig, sample_settings
 from piflow_dist.launch.local import run_workers
 from piflow_dist.launch.lock import only_user

@@ -85,7 +85,7 @@ def look_for_statistics(rank: int, root: Path, broken: Path) -> None:
     An image that one of them cannot read costs both the real images.
     """
     notes = open_tools(settings(root, real=str(broken)), Share(rank, 2), None).notes
-    assert "9.png cannot be read as an image" in notes["real"]
+    assert "9.png is damaged, or no image" in notes["real"]
     config = settings(root)
     tools = open_tools(config, Share(rank, 2), None)
     is_file = Path.is_file
@@ -157,7 +157,7 @@ FEATURES = REAL | {"inception_score"}
         ("one_size", FEATURES, "images of .1, 16, 16., and the small network was trained on .1, 8, 8."),
         ("no_real", REAL, "real=.*/gone does not exist"),
         ("real_size", REAL, "real=.*real_size: images of .1, 16, 16., and the small network was trained on"),
-        ("broken", REAL, "9.png cannot be read as an image"),
+        ("broken", REAL, "9.png is damaged, or no image"),
     ],
 )
 def test_features_that_cannot_be_had_cost_no_other_metric(
@@ -254,6 +254,8 @@ def test_images_that_one_source_could_not_make(inputs: Path, tmp_path: Path, cap
         shutil.copytree(inputs / source, tmp_path / name, ignore=shutil.ignore_patterns("metrics.json"))
         lines = (inputs / source / "manifest.jsonl").read_text().splitlines()
         (tmp_path / name / "manifest.jsonl").write_text("".join(lines[place] + "\n" for place in places))
+        meta = json.loads((inputs / source / "meta.json").read_text())
+        (tmp_path / name / "meta.json").write_text(json.dumps(meta | {"images": len(places)}))
     for first, other in (("student", "teacher"), ("fewer", "others")):
         names = [first, "few", other] if first == "student" else [first, other]
         config = settings(
