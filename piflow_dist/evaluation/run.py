@@ -48,8 +48,14 @@ def check_inputs(config: EvaluateConfig) -> None:
             )
     if config.reference is None or config.reference in named:
         return
-    if Path(config.reference).resolve() not in [path.resolve() for path in made]:
-        open_samples(config.reference)
+    reference = Path(config.reference)
+    if reference.resolve() in [path.resolve() for path in made]:
+        return
+    if not reference.is_dir():
+        raise EvaluationError(
+            f"reference={reference} is neither a folder nor the name of one that is compared ({', '.join(named)})."
+        )
+    open_samples(reference)
 
 
 def prepare(config: EvaluateConfig) -> Path:

@@ -114,6 +114,11 @@ def open_samples(path: Path | str) -> SampleFolder:
     path = Path(path)
     if not path.is_dir():
         raise EvaluationError(f"{path} is not a folder. Give a folder that tools/sample.py wrote.")
+    inside = (
+        sorted(str(found.parent) for found in path.glob("*/meta.json")) if not (path / "meta.json").exists() else []
+    )
+    if inside:
+        raise EvaluationError(f"{path} holds several folders of samples. Name them: samples=[{','.join(inside)}].")
     meta = _read_meta(path / "meta.json")
     lines = read_jsonl(path / "manifest.jsonl", ("index", "seed", "prompt", "file"))
     lines.sort(key=lambda line: line["index"])  # with gaps where an image could not be made

@@ -71,6 +71,10 @@ class EvaluateConfig:
             self.stats is None or (self.real is not None and self.stats.endswith(".safetensors")),
             f"stats={self.stats} is the .safetensors that the statistics of real= are written to. Give both.",
         )
+        require(
+            self.stats is None or bool(self.inception or self.dataset),
+            "stats= are of a feature network's answers. Give inception=FILE, or dataset=DIR for the small network of a set.",
+        )
         for entry in self.sources:
             require(
                 "source" in entry,

@@ -1,6 +1,7 @@
 """Settings of tools/evaluate.py, and what is refused or missing before anything is measured."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,16 @@ def test_a_source_of_wrong_settings_is_refused(entry: str) -> None:
 
 
 def test_statistics_have_a_working_folder_of_their_own(tmp_path: Path) -> None:
-    config = EvaluateConfig(stats=str(tmp_path / "coco.safetensors"), real="images")
+    config = EvaluateConfig(stats=str(tmp_path / "coco.safetensors"), real="images", inception="weights")
     assert config.out_dir == tmp_path / "coco.safetensors.work"
 
 
 def test_a_mistyped_reference_is_found_before_sampling() -> None:
     sources = [{"source": "runs/a", "name": "a"}]
     check_inputs(EvaluateConfig(sources=sources, reference="a"))
-    with pytest.raises(EvaluationError, match="nobody"):
+    with pytest.raises(
+        EvaluationError, match="reference=nobody is neither a folder nor the name of one that is compared .a.[.]"
+    ):
         check_inputs(EvaluateConfig(sources=sources, reference="nobody"))
 
 
@@ -60,6 +63,17 @@ def test_folders_of_one_name_are_refused_before_sampling(tmp_path: Path, monkeyp
     for inputs, name in ((two, "samples"), (one_of_each, "samples"), (two_made, "run_nfe2")):
         with pytest.raises(EvaluationError, match=f"are both named {name}, which results are kept by"):
             run.evaluate(EvaluateConfig(out=str(tmp_path / "out"), **inputs))
+
+
+def test_a_folder_of_folders_says_what_is_in_it(tmp_path: Path) -> None:
+    folders = [write_samples(tmp_path / name, torch.zeros(1, 1, 4, 4, dtype=torch.uint8), ["a"]) for name in ("a", "b")]
+    with pytest.raises(EvaluationError, match=re.escape(f"Name them: samples=[{folders[0]},{folders[1]}].")):
+        check_inputs(EvaluateConfig(samples=[str(tmp_path)]))
+
+
+def test_statistics_without_a_network_are_refused() -> None:
+    with pytest.raises(ConfigError, match="stats= are of a feature network's answers. Give inception=FILE"):
+        EvaluateConfig(stats="x.safetensors", real="images")
 
 
 @pytest.mark.parametrize("rewards", [["a:score", "b:score"], ["a:fid"]])
