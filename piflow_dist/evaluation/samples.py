@@ -61,11 +61,11 @@ class SampleFolder:
         """As part of a sentence, after "the"."""
         return f"student at {self.steps} NFE" if self.kind == "student" else f"{self.steps}-step teacher"
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
         return [line["prompt"] for line in self.lines]
 
-    @property
+    @cached_property
     def seeds(self) -> list[int]:
         return [line["seed"] for line in self.lines]
 
