@@ -5,6 +5,7 @@ statistics of real images once. Writes evaluation.html, .md and .json into out= 
 """
 
 import sys
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from data_pipeline.errors import DataError
 from piflow_dist.cli import fail, run_tool
-from piflow_dist.evaluation.comparison import metrics_of, notes_of, shown
+from piflow_dist.evaluation.comparison import Paths, metrics_of, notes_of, pairs_of, shown
 from piflow_dist.evaluation.run import evaluate
 from piflow_dist.evaluation.samples import EvaluationError
 from piflow_dist.evaluation.settings import EvaluateConfig, load_evaluation
@@ -25,6 +26,10 @@ def main(arguments: list[str]) -> None:
         result, paths = evaluate(config)
     except (EvaluationError, DataError, OSError) as error:
         fail(f"error: {error}", 2)
+    show(config, result, paths)
+
+
+def show(config: EvaluateConfig, result: dict[str, Any], paths: Paths | None) -> None:
     if config.stats is not None:
         print(f"{config.stats}: statistics of {result['real']} by {result['network']}.")
     if paths is None:
@@ -40,8 +45,10 @@ def main(arguments: list[str]) -> None:
             table.add_row(metric.title, *("\n".join(filter(None, cell)) for cell in cells))
     console = Console()
     console.print(table)
+    if (pairs := pairs_of(result)) is not None:
+        console.print(pairs, markup=False, soft_wrap=True)
     for note in notes_of(result, metrics):
-        console.print(f"not measured: {note}", markup=False)
+        console.print(f"not measured: {note}", markup=False, soft_wrap=True)  # paths stay whole
     print(f"Report: {paths.html} (also {paths.markdown.name} and {paths.numbers.name})")
 
 

@@ -7,7 +7,6 @@ metric of each source is computed by one rank, whole, so that no result depends 
 import json
 import signal
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,20 +21,20 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import read_config
 from piflow_dist.evaluation import quality
-from piflow_dist.evaluation.folder import SampleList, check_same_noises, open_samples
 from piflow_dist.evaluation.instruments import Tools, open_tools, scorers
+from piflow_dist.evaluation.measures import measures_of
 from piflow_dist.evaluation.metrics import NotMeasurable, psnr_per_image
 from piflow_dist.evaluation.networks import FeatureNetwork, Lpips, SmallNetwork
 from piflow_dist.evaluation.quality import Result
-from piflow_dist.evaluation.real import Moments, RealStatistics, by_shape
-from piflow_dist.evaluation.samples import EvaluationError
+from piflow_dist.evaluation.real import by_shape
+from piflow_dist.evaluation.samples import EvaluationError, SampleFolder, distinct_titles, open_samples, pair_up
 from piflow_dist.evaluation.settings import EvaluateConfig
 from piflow_dist.evaluation.shares import Share
 from piflow_dist.launch.console import StepProgress
 
 RESULT = "result.json"
 SMALL = 32
-"""Edge that images are reduced to for distances between pixels."""
+"""Edge that images are brought to for distances between pixels."""
 READERS = 4
 OF_FEATURES = (
     "inception_score",
@@ -61,14 +60,24 @@ class Row:
     steps: int | None
     count: int
     folder: str
+    pairs: int | None = None
+    """Images that have a partner in the reference; None of the reference itself, and without one."""
     results: dict[str, Result] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
 
 def look_at(
-    samples: SampleList, reference: SampleList | None, tools: Tools, share: Share, batch_size: int
+    samples: SampleFolder,
+    reference: SampleFolder | None,
+    pairs: dict[int, int],
+    tools: Tools,
+    share: Share,
+    batch_size: int,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """({what: one row an image}, {what: why it is not there}); the same on every rank."""
+    """({what: one row an image}, {what: why it is not there}); the same on every rank.
+
+    pairs: places of images -> those of their partners in the reference. An image without one has rows that are not a number.
+    """
     rows: dict[str, dict[int, Tensor]] = {key: {} for key in rows_of(tools, reference)}
     failed: dict[str, str] = {}
     with (
@@ -93,15 +102,18 @@ def look_at(
                 except NotMeasurable as reason:
                     failed.setdefault(key, str(reason))
             if reference is not None:
-                theirs = list(readers.map(reference.image, indices))
-                add_comparison(rows, images, theirs, samples, reference, indices, tools.lpips)
+                paired = {index: pairs[index] for index in indices if index in pairs}
+                theirs = dict(zip(paired, readers.map(reference.image, paired.values()), strict=True))
+                for index, their in theirs.items():
+                    mine = images[index - indices.start]
+                    add_comparison(rows, (mine, their), samples, reference, (index, paired[index]), tools.lpips)
             if share.is_main:
                 progress.update(min(indices[-1] + 1, len(samples)))
     gathered = {key: share.gather(rows[key], len(samples)) for key in sorted(rows)}
-    return gathered, together(failed, share)
+    return gathered, share.together(failed)
 
 
-def rows_of(tools: Tools, reference: SampleList | None) -> list[str]:
+def rows_of(tools: Tools, reference: SampleFolder | None) -> list[str]:
     keys = ["pixels", *scorers(tools)]
     keys += ["features", "logits", "patch"] if tools.network is not None else []
     if reference is not None:
@@ -124,45 +136,32 @@ def add_features(
 
 def add_comparison(
     rows: dict[str, dict[int, Tensor]],
-    images: list[Tensor],
-    theirs: list[Tensor],
-    samples: SampleList,
-    reference: SampleList,
-    indices: range,
+    images: tuple[Tensor, Tensor],
+    samples: SampleFolder,
+    reference: SampleFolder,
+    places: tuple[int, int],
     lpips: Lpips | None,
 ) -> None:
-    """Image by image against the reference from the same noise."""
-    for place, index in enumerate(indices):
-        mine, their = images[place], theirs[place]
-        if mine.shape != their.shape:
-            raise EvaluationError(
-                f"Image {index} is {tuple(mine.shape)} in {samples.path} and {tuple(their.shape)} in {reference.path}: they are "
-                "not from the same noise."
-            )
-        rows["psnr"][index] = psnr_per_image(mine[None], their[None])[0]
-        if lpips is not None:
-            rows["lpips"][index] = lpips.distance(mine[None], their[None])[0]
-        z, z_reference = samples.latent(index), reference.latent(index)
-        if z is not None and z_reference is not None and z.shape == z_reference.shape:
-            parts = ((z.double() - z_reference.double()).square().sum(), z_reference.double().square().sum())
-            rows["latent"][index] = torch.stack(parts)
+    """An image against the reference's from the same noise."""
+    (mine, their), (place, their_place) = images, places
+    if mine.shape != their.shape:
+        raise EvaluationError(
+            f"{samples.path / samples.lines[place]['file']} is {tuple(mine.shape)} and "
+            f"{reference.path / reference.lines[their_place]['file']} {tuple(their.shape)} (channels, height, width): they are not "
+            "from the same noise. Sample both at one size, or leave reference= out."
+        )
+    rows["psnr"][place] = psnr_per_image(mine[None], their[None])[0]
+    if lpips is not None:
+        rows["lpips"][place] = lpips.distance(mine[None], their[None])[0]
+    z, z_reference = samples.latent(place), reference.latent(their_place)
+    if z is not None and z_reference is not None and z.shape == z_reference.shape:
+        parts = ((z.double() - z_reference.double()).square().sum(), z_reference.double().square().sum())
+        rows["latent"][place] = torch.stack(parts)
 
 
 def reduced(image_chw: Tensor) -> Tensor:
-    """Flat pixels in [0, 1] at a size that allows distances between all images of a prompt to be kept."""
-    scaled_chw = image_chw.float() / 255
-    if max(image_chw.shape[-2:]) > SMALL:
-        scaled_chw = F.adaptive_avg_pool2d(scaled_chw, SMALL)
-    return scaled_chw.reshape(-1)
-
-
-def together(notes: dict[str, str], share: Share) -> dict[str, str]:
-    """Every rank's notes, the lowest rank's where several have one."""
-    if share.world_size == 1:
-        return notes
-    gathered: list[Any] = [None] * share.world_size
-    dist.all_gather_object(gathered, notes)
-    return {key: note for found in reversed(gathered) for key, note in found.items()}
+    """Flat pixels in [0, 1], at one size for images of all sizes: small enough that a row of every image is kept."""
+    return F.adaptive_avg_pool2d(image_chw.float() / 255, SMALL).reshape(-1)
 
 
 def compare(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
@@ -181,38 +180,41 @@ def compare(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
 
 def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
     folders = [open_samples(path) for path in config.samples]
-    check_names(folders)
     reference = find_reference(config, folders)
-    for samples in folders if reference is not None else []:
-        check_same_noises(samples, reference)
+    pairs = {samples.path: {} if reference is None else pair_up(samples, reference) for samples in folders}
     tools = open_tools(config, share, folders[0].image(0) if folders else None)
     if config.stats is not None:
         if tools.real is None:
-            raise EvaluationError(f"stats={config.stats} cannot be made: {'; '.join(tools.notes.values())}")
+            reason = tools.notes["features" if tools.network is None else "real"]
+            raise EvaluationError(f"stats={config.stats} cannot be made: {reason}")
         if share.is_main:
             tools.real.save(Path(config.stats))
     everything = folders + ([reference] if reference is not None and reference not in folders else [])
     seen, notes = {}, {}
     for samples in everything:
         compared = None if samples is reference else reference
-        seen[samples.path], notes[samples.path] = look_at(samples, compared, tools, share, config.batch_size)
-    theirs = None if reference is None else seen[reference.path]
+        seen[samples.path], notes[samples.path] = look_at(
+            samples, compared, pairs.get(samples.path, {}), tools, share, config.batch_size
+        )
     tasks = [
         (number, measure)
         for number, samples in enumerate(folders)
-        for measure in measures(samples, seen[samples.path], theirs, samples is reference, tools, config)
+        for measure in measures_of(samples, seen, reference, pairs[samples.path], tools, config.resamples, share.device)
         if not set(measure.keys) & unusable(notes, samples, reference)
     ]
     mine: dict[int, dict[str, Result] | str] = {}
-    for index in share.tasks(len(tasks)):
+    for index in share.tasks([measure.cost for _, measure in tasks]):
         try:
             mine[index] = tasks[index][1]()
         except NotMeasurable as reason:
             mine[index] = str(reason)
-    found = collect(mine, share)
+    found = share.together(mine)
     if not share.is_main:
         return None
     rows = [describe(samples, tools, notes[samples.path], samples is reference, reference) for samples in folders]
+    for row, samples, title in zip(rows, folders, distinct_titles(folders), strict=True):
+        row.title = title
+        row.pairs = None if reference in (None, samples) else len(pairs[samples.path])
     for index, (number, measure) in enumerate(tasks):
         outcome = found[index]
         if isinstance(outcome, str):
@@ -222,7 +224,7 @@ def measure_all(config: EvaluateConfig, share: Share) -> dict[str, Any] | None:
     return as_json(config, rows, reference, tools)
 
 
-def unusable(notes: dict[Path, dict[str, str]], samples: SampleList, reference: SampleList | None) -> set[str]:
+def unusable(notes: dict[Path, dict[str, str]], samples: SampleFolder, reference: SampleFolder | None) -> set[str]:
     """Metrics that images of this source or, for those that compare with it, of the reference could not be described for."""
     theirs = notes[reference.path] if reference is not None else {}
     missing = set(notes[samples.path]) & set(OF_FEATURES)
@@ -233,114 +235,7 @@ def unusable(notes: dict[Path, dict[str, str]], samples: SampleList, reference: 
     return missing
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A computation that one rank does whole, and the metrics that it gives."""
-
-    keys: tuple[str, ...]
-    compute: Callable[[], Result | tuple[Result, ...]]
-
-    def __call__(self) -> dict[str, Result]:
-        found = self.compute()
-        return dict(zip(self.keys, found if isinstance(found, tuple) else (found,), strict=True))
-
-
-def measures(
-    samples: SampleList,
-    seen: dict[str, Tensor],
-    theirs: dict[str, Tensor] | None,
-    is_reference: bool,
-    tools: Tools,
-    config: EvaluateConfig,
-) -> list[Measure]:
-    """What can be computed for one source, in a fixed order; the seed of its intervals is always the same."""
-    n, seed, device = config.resamples, 0, config_device(tools)
-    found = []
-    if tools.network is not None:
-        features, logits, patch = seen["features"], seen["logits"], seen["patch"]
-        found.append(Measure(("inception_score",), lambda: quality.inception_score(logits, n, seed)))
-        if isinstance(tools.network, SmallNetwork):
-            classes = tools.network.classes
-            found.append(Measure(("prompt_accuracy",), lambda: accuracy(logits, samples.prompts, classes, n, seed)))
-        if tools.real is not None:
-            real = tools.real
-            found.append(Measure(("fid",), lambda: quality.fid_with_interval(features, real.moments, n, seed, device)))
-            found.append(Measure(("kid",), lambda: quality.kid(features, real.features_ND)))
-            found.append(
-                Measure(("precision", "recall"), lambda: quality.precision_recall(features, real.features_ND, n, seed))
-            )
-            found.append(Measure(("patch_fid",), lambda: patch_fid(patch, real, n, seed, device)))
-        if theirs is not None:
-            other = theirs["features"]
-            found.append(
-                Measure(("diversity",), lambda: quality.relative_diversity(features, other, samples.prompts, n, seed))
-            )
-            if not is_reference:
-                found.append(
-                    Measure(
-                        ("fid_reference",),
-                        lambda: quality.fid_with_interval(features, Moments.of(other), n, seed, device, other),
-                    )
-                )
-    for key in scorers(tools):
-        found.append(Measure((key,), lambda key=key: quality.mean_score(seen[key], n, seed)))
-    if theirs is not None:
-        pixels, other_pixels = seen["pixels"], theirs["pixels"]
-        found.append(
-            Measure(
-                ("diversity_pixels",),
-                lambda: quality.relative_diversity(pixels, other_pixels, samples.prompts, n, seed),
-            )
-        )
-        if not is_reference:
-            found.append(Measure(("psnr_db",), lambda: quality.mean_score(seen["psnr"], n, seed)))
-            found.append(Measure(("latent_relative_error",), lambda: latent_error(seen["latent"], n, seed)))
-            if tools.lpips is not None:
-                found.append(Measure(("lpips",), lambda: quality.mean_score(seen["lpips"], n, seed)))
-    return found
-
-
-def config_device(tools: Tools) -> torch.device:
-    return getattr(tools.network, "device", torch.device("cpu"))
-
-
-def accuracy(logits_BK: Tensor, prompts: list[str], classes: list[str], resamples: int, seed: int) -> Result:
-    unknown = sorted(set(prompts) - set(classes))
-    if unknown:
-        raise NotMeasurable(
-            f"{len(unknown)} prompts are no class of the classifier ({unknown[0]!r} ...). It knows the data set's own: sample with those."
-        )
-    wanted_B = torch.tensor([classes.index(prompt) for prompt in prompts])
-    return quality.mean_score((logits_BK.argmax(dim=1) == wanted_B).double(), resamples, seed)
-
-
-def patch_fid(patch_BD: Tensor, real: RealStatistics, resamples: int, seed: int, device: torch.device) -> Result:
-    if real.patch_moments is None or patch_BD.numel() == 0:
-        raise NotMeasurable(
-            "patch FID needs InceptionV3 and images of at least 299 x 299, more than 2048 of them, in both sets."
-        )
-    whole = patch_BD[~patch_BD.isnan().any(dim=1)]
-    return quality.fid_with_interval(whole, real.patch_moments, resamples, seed, device)
-
-
-def latent_error(parts_B2: Tensor, resamples: int, seed: int) -> Result:
-    if parts_B2.numel() == 0:
-        raise NotMeasurable("a folder keeps no latents, or they are of other sizes. Sample with latents.")
-    return quality.root_ratio(parts_B2, resamples, seed)
-
-
-def check_names(folders: list[SampleList]) -> None:
-    """Results are kept by the folder's name. Raises EvaluationError where two have the same."""
-    paths: dict[str, Path] = {}
-    for samples in folders:
-        other = paths.setdefault(samples.name, samples.path)
-        if other is not samples.path:
-            raise EvaluationError(
-                f"samples: {other} and {samples.path} are both named {samples.name}, which results are kept by. Rename one."
-            )
-
-
-def find_reference(config: EvaluateConfig, folders: list[SampleList]) -> SampleList | None:
+def find_reference(config: EvaluateConfig, folders: list[SampleFolder]) -> SampleFolder | None:
     if config.reference is None:
         return None
     named = next((samples for samples in folders if samples.name == config.reference), None)
@@ -350,16 +245,8 @@ def find_reference(config: EvaluateConfig, folders: list[SampleList]) -> SampleL
     return named or open_samples(config.reference)
 
 
-def collect(mine: dict[int, Any], share: Share) -> dict[int, Any]:
-    if share.world_size == 1:
-        return mine
-    gathered: list[Any] = [None] * share.world_size
-    dist.all_gather_object(gathered, mine)  # from processes of this very program
-    return {index: outcome for found in gathered for index, outcome in found.items()}
-
-
 def describe(
-    samples: SampleList, tools: Tools, failed: dict[str, str], is_reference: bool, reference: SampleList | None
+    samples: SampleFolder, tools: Tools, failed: dict[str, str], is_reference: bool, reference: SampleFolder | None
 ) -> Row:
     """A row with what its folder says, and the reasons for what was not attempted."""
     row = Row(samples.name, samples.title, samples.kind, samples.steps, len(samples), str(samples.path))
@@ -386,7 +273,7 @@ def describe(
     return row
 
 
-def as_json(config: EvaluateConfig, rows: list[Row], reference: SampleList | None, tools: Tools) -> dict[str, Any]:
+def as_json(config: EvaluateConfig, rows: list[Row], reference: SampleFolder | None, tools: Tools) -> dict[str, Any]:
     for row in rows:
         row.notes = {key: note for key, note in row.notes.items() if key not in row.results}
     definitions = {metric.key: metric.definition for metric in quality.QUALITY}
@@ -395,6 +282,7 @@ def as_json(config: EvaluateConfig, rows: list[Row], reference: SampleList | Non
         "format": 2,
         "reference": None if reference is None else reference.name,
         "reference_folder": None if reference is None else str(reference.path),
+        "reference_count": None if reference is None else len(reference),
         "network": None if tools.network is None else tools.network.title,
         "real": None if tools.real is None else tools.real.title,
         "missing": tools.notes,
@@ -413,7 +301,7 @@ def main() -> None:
     config = read_config(Path(sys.argv[1]), EvaluateConfig)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     topology = start_process_group(config.launch.device, config.launch.timeout_seconds)
-    share = Share(topology.rank, topology.world_size, topology.device)
+    share = Share.of(topology)
     result = compare(config, share)
     if result is not None:
         write_atomic(Path(sys.argv[1]).with_name(RESULT), json.dumps(result, indent=1) + "\n")

@@ -9,11 +9,10 @@ from typing import Any
 
 from piflow_dist.evaluation import figures
 from piflow_dist.evaluation.evaluate import write_atomically
-from piflow_dist.evaluation.folder import SampleList, open_samples
 from piflow_dist.evaluation.metrics import Metric
 from piflow_dist.evaluation.quality import QUALITY
 from piflow_dist.evaluation.report import render
-from piflow_dist.evaluation.samples import EvaluationError
+from piflow_dist.evaluation.samples import EvaluationError, SampleFolder, distinct_titles, open_samples
 
 COLUMNS = 8
 GRIDS = 3
@@ -71,9 +70,22 @@ def notes_of(result: dict[str, Any], metrics: list[Metric]) -> list[str]:
     return lines
 
 
-def draw(folders: list[SampleList]) -> dict[str, bytes]:
-    """Grids: a column is one prompt and seed, a row one source. The first columns, not picked."""
-    prompts = folders[0].prompts
+def pairs_of(result: dict[str, Any]) -> str | None:
+    """How many images were compared with the reference's; None where there is nothing to compare."""
+    theirs, told = result["reference_count"], []
+    for row in result["rows"]:
+        if row["pairs"] is not None:
+            whole = row["pairs"] == row["count"] == theirs
+            told.append(f"{row['name']} " + (f"all {theirs}" if whole else f"{row['pairs']} of {row['count']}"))
+    if not told:
+        return None
+    return f"Images compared with {result['reference']}, which has {theirs}, from the same prompts and seeds: {'; '.join(told)}."
+
+
+def draw(titled: list[tuple[str, SampleFolder]]) -> dict[str, bytes]:
+    """Grids: a column is one prompt and seed, a row one source, by its title. The first columns, not picked."""
+    prompts, noises = titled[0][1].prompts, titled[0][1].noises
+    places = [{noise: place for place, noise in enumerate(samples.noises)} for _, samples in titled]
     order = figures.choose_columns(prompts, prompts, COLUMNS * GRIDS)
     names = figures.short_names(prompts)
     pictures = {}
@@ -82,8 +94,10 @@ def draw(folders: list[SampleList]) -> dict[str, bytes]:
         if not columns:
             break
         rows = [
-            figures.GridRow(label=samples.title, images=[samples.image(index) for index in columns])
-            for samples in folders
+            figures.GridRow(
+                label=title, images=[samples.image(at[noises[i]]) if noises[i] in at else None for i in columns]
+            )
+            for (title, samples), at in zip(titled, places, strict=True)
         ]
         pictures[f"grid_{number + 1}"] = figures.grid(
             rows, [names[prompts[index]] for index in columns], figures.tile_for(rows[0].images)
@@ -96,8 +110,8 @@ def write_comparison(result: dict[str, Any], out: Path, name: str) -> Paths:
     folders = [open_samples(row["folder"]) for row in result["rows"]]
     if result["reference"] is not None and result["reference_folder"] not in {row["folder"] for row in result["rows"]}:
         folders.append(open_samples(result["reference_folder"]))
-    keys = [[(line["prompt"], line["seed"]) for line in samples.lines] for samples in folders]
-    aligned = [samples for samples, found in zip(folders, keys, strict=True) if found == keys[0]]
+    titled = list(zip(distinct_titles(folders), folders, strict=True))
+    aligned = [(title, samples) for title, samples in titled if set(samples.noises) & set(folders[0].noises)]
     metrics = metrics_of(result)
     present = [metric for metric in metrics if any(metric.key in row["results"] for row in result["rows"])]
     pictures = draw(aligned)
@@ -107,11 +121,12 @@ def write_comparison(result: dict[str, Any], out: Path, name: str) -> Paths:
         "metrics": present,
         "shown": shown,
         "notes": notes_of(result, metrics),
+        "pairs": pairs_of(result),
         "intervals": result["intervals"] if result["resamples"] else "No intervals were computed (resamples=0).",
         "network": result["network"],
         "real": result["real"],
-        "reference": next((s.title for s in folders if str(s.path) == result["reference_folder"]), None),
-        "left_out": [samples.name for samples in folders if samples not in aligned],
+        "reference": next((title for title, s in titled if str(s.path) == result["reference_folder"]), None),
+        "left_out": [samples.name for title, samples in titled if (title, samples) not in aligned],
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     figure_dir = out / "figures"

@@ -64,8 +64,8 @@ class TrainingEvaluation:
         self.latent_shape, self.codec_description = description.typical_shape, description.codec
         unique = read_prompts(config, description)
         self.prompts = [prompt for prompt in unique for _ in range(self.settings.images_per_prompt)]
-        # Padded over all prompts, so that an image does not depend on its batch. Encoded now: an encoder may be a large model.
-        text_BLD, mask_BL = pad_prompts(load_prompt_encoder(description.prompt_encoder).encode(unique))
+        # Encoded now and by one rank: an encoder may be a large model, of which a node's memory does not hold one a rank.
+        text_BLD, mask_BL = encode(unique, description, topology)
         self.text_BLD, self.mask_BL = (
             each.repeat_interleave(self.settings.images_per_prompt, dim=0) for each in (text_BLD, mask_BL)
         )
@@ -222,6 +222,16 @@ def read_prompts(config: Config, description: DatasetDescription) -> list[str]:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         require(bool(prompts), f"evaluation.prompts={path} is empty. Write one prompt a line.")
     return prompts[: settings.max_prompts]
+
+
+def encode(prompts: list[str], description: DatasetDescription, topology: Topology) -> tuple[Tensor, Tensor]:
+    """(text, mask), on the CPU of every rank, padded over all prompts, so that an image does not depend on its batch."""
+    told: list[Any] = [None]
+    if topology.is_main:
+        told = [pad_prompts(load_prompt_encoder(description.prompt_encoder).encode(prompts))]
+    dist.broadcast_object_list(told, src=0, device=topology.device)
+    text_BLD, mask_BL = told[0]
+    return text_BLD.cpu(), mask_BL.cpu()
 
 
 @contextmanager

@@ -176,12 +176,18 @@ def labelled_splits(root: Path | str) -> tuple[LabelledImages, LabelledImages, l
 
 
 def small_network_of(root: Path | str, cache: Path, share: Share) -> tuple[TrainedFeatureNet, tuple[int, ...]]:
-    """The feature network of a data set, trained by the first rank where it is not cached yet, and the shape of its images."""
-    train, test, classes = labelled_splits(root)
-    if share.is_main:
-        with training_progress() as progress:
-            load_or_train(train, test, classes, cache, device=share.device, progress=progress)
-    share.wait()
+    """The feature network of a data set, trained by the first rank where it is not cached yet, and the shape of its images.
+
+    Raises NotMeasurable, on every rank, where that cannot be.
+    """
+    train, test, classes = share.attempt(lambda: labelled_splits(root))
+
+    def prepare() -> None:
+        if share.is_main:
+            with training_progress() as progress:
+                load_or_train(train, test, classes, cache, device=share.device, progress=progress)
+
+    share.attempt(prepare)
     net = load_or_train(train, test, classes, cache, device=share.device)
     return net, tuple(train.images_BCHW.shape[1:])
 

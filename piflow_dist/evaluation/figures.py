@@ -22,8 +22,8 @@ TILE = 96
 @dataclass(frozen=True, kw_only=True)
 class GridRow:
     label: str
-    images: Sequence[Tensor]
-    """One uint8 image (C, H, W) per column."""
+    images: Sequence[Tensor | None]
+    """One uint8 image (C, H, W) per column; None: its place is empty."""
 
 
 def tile_for(images_BCHW: Sequence[Tensor]) -> int:
@@ -47,6 +47,8 @@ def grid(rows: Sequence[GridRow], headings: Sequence[str], tile: int = TILE) -> 
         y = top + line * (tile + gap)
         draw.text((left - 12, y + tile / 2), row.label, fill=INK, font=font, anchor="rm")
         for column, image in enumerate(row.images):
+            if image is None:
+                continue
             picture = _tile(image, tile)
             x = left + column * (tile + gap)
             canvas.paste(picture, (x + (tile - picture.width) // 2, y + (tile - picture.height) // 2))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data_pipeline.store import is_remote
 from piflow_dist.evaluation.evaluate import small_network_of
 from piflow_dist.evaluation.metrics import NotMeasurable
 from piflow_dist.evaluation.networks import Clip, FeatureNetwork, Inception, Lpips, Reward, SmallNetwork
@@ -33,20 +34,24 @@ def open_tools(config: EvaluateConfig, share: Share, sample: Tensor | None) -> T
 
     def attempt(option: str, make: Callable[[], Any]) -> Any:
         try:
-            return make()
+            return share.attempt(make)
         except NotMeasurable as reason:
             tools.notes[option] = str(reason)
             return None
 
     if config.inception is not None:
         tools.network = attempt("features", lambda: Inception(config.inception, share.device))
-    elif (
-        config.dataset is not None
-    ):  # never in place of InceptionV3 that was asked for: their distances are not comparable
-        tools.network = SmallNetwork(*small_network_of(config.dataset, Path(config.cache), share))
-        if sample is not None and tuple(sample.shape) != tools.network.image_shape:
+    elif config.dataset is not None:
+        # Never in place of InceptionV3 that was asked for: their distances are not comparable.
+        tools.network = attempt(
+            "features", lambda: SmallNetwork(*small_network_of(config.dataset, Path(config.cache), share))
+        )
+        if tools.network is not None and sample is not None and tuple(sample.shape) != tools.network.image_shape:
             size, wanted = tuple(sample.shape), tools.network.image_shape
-            tools.notes.setdefault("features", f"images are {size}, those of dataset={config.dataset} {wanted}.")
+            tools.notes["features"] = (
+                f"images are {size} (channels, height, width), those of dataset={config.dataset} {wanted}. Set dataset=DIR to the "
+                "data their model was trained on, or inception=FILE."
+            )
             tools.network = None
     if tools.network is None:
         tools.notes.setdefault("features", "there is no feature network. Set inception=FILE, or dataset=DIR.")
@@ -60,14 +65,16 @@ def open_tools(config: EvaluateConfig, share: Share, sample: Tensor | None) -> T
         reward = attempt(entry.partition(":")[2], lambda entry=entry: Reward.load(entry))
         tools.rewards += [reward] if reward is not None else []
     source = config.real or config.dataset
-    if source is not None and not Path(source).exists():
-        tools.notes["real"] = f"real={source} does not exist."
-    elif tools.network is not None and source is not None:
-        tools.real = real_statistics(
-            source, config.real_split, tools.network, share, config.batch_size, Path(config.cache)
-        )
-    elif source is None:
+    if source is None:
         tools.notes["real"] = "there are no real images. Set real= to a prepared set, a folder of images or statistics."
+    elif not is_remote(source) and not Path(source).exists():
+        tools.notes["real"] = f"real={source} does not exist."
+    elif tools.network is not None:
+        cache = Path(config.cache)
+        tools.real = attempt(
+            "real",
+            lambda: real_statistics(source, config.real_split, tools.network, share, config.batch_size, cache),
+        )
     return tools
 
 

@@ -13,12 +13,16 @@ from torch import Tensor
 
 from data_pipeline.compat import repair_torchvision
 from piflow_dist.evaluation.metrics import Metric, NotMeasurable
-from piflow_dist.evaluation.real import Moments
+from piflow_dist.evaluation.real import ROWS, Moments
 
 NEIGHBOURS = 3
 """k of precision and recall."""
+PAIR_ROWS = 1000
+"""Of precision and recall: distances from so many images to all of a set are held at a time, 0.4 GiB for 50,000."""
 SUBSET, SUBSETS = 1000, 100
 """Kernel distance: images in a subset, and subsets."""
+KERNELS = 3 * SUBSETS * SUBSET**2
+"""Pairs of images that kernel distance compares."""
 IS_SPLITS, IS_SPLIT_FROM = 10, 5000
 """The inception score is averaged over splits where there are so many images; else it is of all of them."""
 WIDE, WIDE_RESAMPLES = 512, 20
@@ -135,7 +139,7 @@ QUALITY = (
         title="Diversity in pixels",
         better="one",
         digits=2,
-        definition="The same with the distance between pixels, images reduced to at most 32 x 32.",
+        definition="The same with the distance between pixels, images brought to 32 x 32.",
     ),
     Metric(
         key="evaluations_per_image",
@@ -165,7 +169,9 @@ def fid(mine: Moments, theirs: Moments) -> float:
     """|m - m'|^2 + tr(S + S' - 2 (S S')^1/2). Raises NotMeasurable where a set is too small for a covariance of full rank."""
     library = _library("metric_fid")
     check_rank(mine, theirs)
-    first, second = ({"mu": each.mean_D.numpy(), "sigma": each.covariance_DD.numpy()} for each in (mine, theirs))
+    first, second = (
+        {"mu": each.mean_D.cpu().numpy(), "sigma": each.covariance_DD.cpu().numpy()} for each in (mine, theirs)
+    )
     found = library.fid_statistics_to_metric(first, second, False)[library.KEY_METRIC_FID]
     return max(found, 0.0)  # equal sets come out at about -1e-13
 
@@ -193,24 +199,20 @@ def fid_with_interval(
     partners_BD: what `theirs` is of, where each image has a partner from the same noise: both are drawn together then, as one
     set drawn anew beside the other as it is would look far from it.
     """
-    mine = Moments.of(features_BD)
-    value, D = fid(mine, theirs), features_BD.shape[1]
-    repeats = min(resamples, WIDE_RESAMPLES) if D > WIDE else resamples
+    value, D = fid(Moments.of(features_BD, device), theirs), features_BD.shape[1]
+    repeats = repeats_of(D, resamples)
     if repeats == 0:
         return Result(value)
-    features = features_BD.double().to(device)
-    partners = None if partners_BD is None else partners_BD.double().to(device)
-    mean, covariance, root = *moments_on(theirs, device), None
+    other, root = theirs.to(device), None
     found = []
-    for index_B in draws(len(features), repeats, seed):
-        chosen_B = index_B.to(device)
-        if partners is not None:
-            mean, covariance = moments_on(Moments.of(partners[chosen_B]), device)
-            root = None
-        root = square_root(covariance) if root is None else root
-        sample_mean, sample = moments_on(Moments.of(features[chosen_B]), device)
-        roots = torch.linalg.eigvalsh(root @ sample @ root).clamp(min=0).sqrt().sum()
-        found.append((sample_mean - mean).square().sum() + sample.trace() + covariance.trace() - 2 * roots)
+    for chosen_B in draws(len(features_BD), repeats, seed):
+        if partners_BD is not None:
+            other, root = Moments.of(partners_BD, device, chosen_B), None
+        root = square_root(other.covariance_DD) if root is None else root
+        mine = Moments.of(features_BD, device, chosen_B)
+        roots = torch.linalg.eigvalsh(root @ mine.covariance_DD @ root).clamp(min=0).sqrt().sum()
+        traces = mine.covariance_DD.trace() + other.covariance_DD.trace()
+        found.append((mine.mean_D - other.mean_D).square().sum() + traces - 2 * roots)
     spread = torch.stack(found).cpu()
     if D > WIDE:
         deviation = 1.96 * spread.std().item() if repeats > 1 else 0.0
@@ -218,8 +220,13 @@ def fid_with_interval(
     return interval(value, spread, least=0.0)
 
 
-def moments_on(moments: Moments, device: torch.device) -> tuple[Tensor, Tensor]:
-    return moments.mean_D.to(device), moments.covariance_DD.to(device)
+def repeats_of(features: int, resamples: int) -> int:
+    return min(resamples, WIDE_RESAMPLES) if features > WIDE else resamples
+
+
+def frechet_cost(count: int, features: int, resamples: int) -> float:
+    """Multiplications, about: a covariance and eigenvalues for each resample."""
+    return (repeats_of(features, resamples) + 1) * features**2 * (count + 10 * features)
 
 
 def square_root(covariance_DD: Tensor) -> Tensor:
@@ -239,22 +246,47 @@ def kid(features_BD: Tensor, real_ND: Tensor) -> Result:
     return Result(value, value - 1.96 * deviation, value + 1.96 * deviation)
 
 
-def inception_score(logits_BK: Tensor, resamples: int, seed: int) -> Result:
+def inception_score(logits_BK: Tensor, resamples: int, seed: int, device: torch.device) -> Result:
     library = _library("metric_isc")
     splits = IS_SPLITS if len(logits_BK) >= IS_SPLIT_FROM else 1
-
-    def score(logits: Tensor) -> float:
-        return library.isc_features_to_metric(logits, splits)[library.KEY_METRIC_ISC_MEAN]
-
-    return resampled(score, logits_BK, score(logits_BK), resamples, seed)
+    value = library.isc_features_to_metric(logits_BK.to(device), splits)[library.KEY_METRIC_ISC_MEAN]
+    return interval(value, resampled_scores(logits_BK, splits, resamples, seed, device)) if resamples else Result(value)
 
 
-def precision_recall(features_BD: Tensor, real_ND: Tensor, resamples: int, seed: int) -> tuple[Result, Result]:
+def resampled_scores(logits_BK: Tensor, splits: int, resamples: int, seed: int, device: torch.device) -> Tensor:
+    """The inception scores of resamples R, float64, on the CPU. All at once, block by block: each takes the softmax of every image.
+
+    log of a score = mean over images of sum p log p, less sum q log q, where q is the mean of p.
+    """
+    B, K = logits_BK.shape
+    drawn_RB = torch.stack(draws(B, resamples, seed))
+    scores_R = torch.zeros(resamples, dtype=torch.float64, device=device)
+    for part_RB in drawn_RB.tensor_split(splits, dim=1):
+        ones_RB = torch.ones_like(part_RB, dtype=torch.float64)
+        times_RB = torch.zeros(resamples, B, dtype=torch.float64).scatter_add_(1, part_RB, ones_RB)
+        q_RK, own_R = torch.zeros(resamples, K, dtype=torch.float64, device=device), torch.zeros_like(scores_R)
+        for block_bK, times_Rb in zip(logits_BK.split(ROWS), times_RB.split(ROWS, dim=1), strict=True):
+            log_p_bK = block_bK.to(device).double().log_softmax(dim=1)
+            share_Rb = times_Rb.to(device) / part_RB.shape[1]
+            q_RK += share_Rb @ log_p_bK.exp()
+            own_R += share_Rb @ (log_p_bK.exp() * log_p_bK).sum(dim=1)
+        scores_R += (own_R - torch.xlogy(q_RK, q_RK).sum(dim=1)).exp() / splits
+    return scores_R.cpu()
+
+
+def precision_recall(
+    features_BD: Tensor, real_ND: Tensor, resamples: int, seed: int, device: torch.device
+) -> tuple[Result, Result]:
     library = _library("metric_prc")
     if min(len(features_BD), len(real_ND)) <= NEIGHBOURS:
         raise NotMeasurable(f"precision and recall need more than {NEIGHBOURS} images in each set.")
     found = library.prc_features_to_metric(
-        features_BD.double(), real_ND.double(), prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False
+        features_BD.to(device).double(),
+        real_ND.to(device).double(),
+        prc_neighborhood=NEIGHBOURS,
+        prc_batch_size=PAIR_ROWS,
+        save_cpu_ram=True,
+        verbose=False,
     )
     generator = np.random.default_rng(seed)
     results = []
@@ -298,6 +330,10 @@ def relative_diversity(
     members: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         members.setdefault(prompt, []).append(index)
+    if not members:
+        raise NotMeasurable(
+            "diversity needs two images of a prompt that the reference has too. Sample more images a prompt."
+        )
     single = [prompt for prompt, indices in members.items() if len(indices) < 2]
     if single:
         raise NotMeasurable(

@@ -5,7 +5,7 @@ N real images  D features
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +19,15 @@ from torch import Tensor
 from data_pipeline.description import FILE_NAME, load_description
 from data_pipeline.scan import IMAGE_SUFFIXES
 from data_pipeline.store import is_remote
-from piflow_dist.evaluation.folder import read_image
+from piflow_dist.evaluation.metrics import NotMeasurable
 from piflow_dist.evaluation.networks import FeatureNetwork
-from piflow_dist.evaluation.samples import EvaluationError
+from piflow_dist.evaluation.samples import EvaluationError, read_image
 from piflow_dist.evaluation.shares import Share
 
+CPU = torch.device("cpu")
 FORMAT = "piflow_dist real statistics 1"
+ROWS = 4096
+"""Images whose features are on the device at a time, in float64."""
 KEPT = 10_000
 """Images whose features are kept, evenly spaced: kernel distance and precision compare pairs of images."""
 
@@ -38,9 +41,23 @@ class Moments:
     count: int
 
     @classmethod
-    def of(cls, features_ND: Tensor) -> "Moments":
-        whole = features_ND.double()
-        return cls(whole.mean(dim=0), torch.cov(whole.T).reshape(whole.shape[1], whole.shape[1]), len(whole))
+    def of(cls, features_ND: Tensor, device: torch.device, chosen_N: Tensor | None = None) -> "Moments":
+        """Of all rows or of those chosen, in blocks on `device`, where the moments stay."""
+        rows_N = torch.arange(len(features_ND)) if chosen_N is None else chosen_N
+        D = features_ND.shape[1]
+        near_D = features_ND[:ROWS].to(device).double().mean(dim=0)  # so that no large squares are subtracted
+        sum_D = torch.zeros(D, dtype=torch.float64, device=device)
+        products_DD = torch.zeros(D, D, dtype=torch.float64, device=device)
+        for block in rows_N.split(ROWS):
+            block_BD = features_ND[block].to(device).double() - near_D
+            sum_D += block_BD.sum(dim=0)
+            products_DD += block_BD.T @ block_BD
+        count = len(rows_N)
+        mean_D = sum_D / count
+        return cls(near_D + mean_D, (products_DD - count * torch.outer(mean_D, mean_D)) / (count - 1), count)
+
+    def to(self, device: torch.device) -> "Moments":
+        return Moments(self.mean_D.to(device), self.covariance_DD.to(device), self.count)
 
 
 @dataclass(frozen=True)
@@ -128,7 +145,7 @@ class ImageFolder:
         return len(self.paths)
 
     def read(self, indices: range) -> list[Tensor]:
-        return [read_image(self.paths[index]) for index in indices]
+        return [read_image(self.paths[index], "Mend or remove it.") for index in indices]
 
 
 class PreparedSet:
@@ -174,7 +191,7 @@ def _cropped(encoded: bytes, size: tuple[int, int], channels: int, key: str) -> 
             upright = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
             pixels = np.asarray(ImageOps.fit(upright, size, Image.Resampling.LANCZOS))
     except (OSError, UnidentifiedImageError) as error:
-        raise EvaluationError(f"image {key} cannot be read ({error}).") from error
+        raise EvaluationError(f"image {key} cannot be read ({error}). Prepare the set again.") from error
     tensor = torch.from_numpy(pixels.copy())
     return tensor.unsqueeze(0) if tensor.dim() == 2 else tensor.permute(2, 0, 1).contiguous()
 
@@ -200,7 +217,7 @@ def real_statistics(
 ) -> RealStatistics:
     """From a file, from the cache, or computed by all ranks together and kept; the same on every rank.
 
-    Raises EvaluationError where a file is of another network, or the images cannot be read.
+    Raises NotMeasurable or EvaluationError, on every rank, where a file is of another network, or the images cannot be read.
     """
     if source.endswith(".safetensors"):
         found = RealStatistics.load(Path(source))
@@ -210,21 +227,13 @@ def real_statistics(
                 f"evaluation, {network.title} ({network.fingerprint[:12]}). Make it again with stats=."
             )
         return found
-    images = open_real(source, split, share.device)
+    images = share.attempt(lambda: open_real(source, split, share.device))
     key = hashlib.sha256(f"{images.fingerprint} {network.fingerprint}".encode()).hexdigest()[:16]
     path = cache / f"real_{key}.safetensors"
-    share.wait()  # nobody looks before all have come this far, or a late one would find what an early one wrote
-    kept = path.is_file()
-    share.wait()
-    if kept:
+    if share.from_main(path.is_file()):
         return RealStatistics.load(path)
-    rows: dict[int, Tensor] = {}
-    patches: dict[int, Tensor] = {}
-    for indices in share.batches(len(images), batch_size):
-        features, patch = describe_all(network, images.read(indices))
-        rows |= {index: features[place] for place, index in enumerate(indices)}
-        patches |= {index: patch[place] for place, index in enumerate(indices) if patch[place] is not None}
-        progress(len(indices))
+    batches = share.batches(len(images), batch_size)
+    rows, patches = share.attempt(lambda: describe_batches(images, batches, network, progress))
     features_ND = share.gather(rows, len(images))
     patch_ND = share.gather(patches, len(images))
     patch_ND = patch_ND[~patch_ND.isnan().any(dim=1)] if patch_ND.numel() else patch_ND
@@ -233,14 +242,29 @@ def real_statistics(
         network.fingerprint,
         f"{images.title}, {len(images)} images",
         images.fingerprint,
-        Moments.of(features_ND),
+        Moments.of(features_ND, share.device).to(CPU),
         features_ND[chosen],
-        Moments.of(patch_ND) if len(patch_ND) > patch_ND.shape[1] > 0 else None,
+        Moments.of(patch_ND, share.device).to(CPU) if len(patch_ND) > patch_ND.shape[1] > 0 else None,
     )
-    if share.is_main:
-        statistics.save(path)
-    share.wait()
+    share.attempt(lambda: statistics.save(path) if share.is_main else None)
     return statistics
+
+
+def describe_batches(
+    images: RealImages, batches: Iterable[range], network: FeatureNetwork, progress: Callable[[int], None]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Features and, of images that are large enough, features of the middle patch, by the image's number."""
+    rows: dict[int, Tensor] = {}
+    patches: dict[int, Tensor] = {}
+    for indices in batches:
+        try:
+            features, patch = describe_all(network, images.read(indices))
+        except NotMeasurable as reason:
+            raise EvaluationError(f"real={images.title}: {reason}") from reason
+        rows |= {index: features[place] for place, index in enumerate(indices)}
+        patches |= {index: patch[place] for place, index in enumerate(indices) if patch[place] is not None}
+        progress(len(indices))
+    return rows, patches
 
 
 def describe_all(network: FeatureNetwork, images: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:

@@ -8,8 +8,7 @@ from typing import Any
 from piflow_dist.config import save_config
 from piflow_dist.evaluation.compare import RESULT
 from piflow_dist.evaluation.comparison import Paths, tracked_values, write_comparison
-from piflow_dist.evaluation.folder import open_samples
-from piflow_dist.evaluation.samples import EvaluationError
+from piflow_dist.evaluation.samples import EvaluationError, open_samples
 from piflow_dist.evaluation.settings import EvaluateConfig, sample_settings
 from piflow_dist.launch.local import run_workers
 from piflow_dist.launch.lock import only_user
@@ -23,9 +22,7 @@ log = logging.getLogger(__name__)
 def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Paths | None]:
     """(numbers, report); the report is None where only statistics were made. Raises EvaluationError and ConfigError."""
     requests = [sample_settings(config, entry) for entry in config.sources]
-    for path in config.samples:
-        open_samples(path)  # what is missing is said before anything is sampled
-    check_reference(config)
+    check_inputs(config)
     out = config.out_dir
     out.mkdir(parents=True, exist_ok=True)
     with only_user(out / ".lock", f"out={out}"):
@@ -35,14 +32,30 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Paths | None]:
         return finish(config)
 
 
-def check_reference(config: EvaluateConfig) -> None:
-    """Raises EvaluationError where reference= is no folder of samples and no name of one that is there or will be made."""
-    made = [Path(sample_settings(config, entry).out).resolve() for entry in config.sources]
-    given = [Path(path).resolve() for path in config.samples]
-    if config.reference is None or Path(config.reference).resolve() in made:
+def check_inputs(config: EvaluateConfig) -> None:
+    """Before any work: raises EvaluationError where a folder of samples is none, where two have one name, by which results are
+    kept, and where reference= is neither a folder of samples nor the name of one."""
+    made = [Path(sample_settings(config, entry).out) for entry in config.sources]
+    folders = [open_samples(path).path for path in config.samples]
+    named: dict[str, list[Path]] = {}
+    for path in (*folders, *made):
+        named.setdefault(path.resolve().name, []).append(path)
+    for name, same in named.items():
+        if len(same) > 1:
+            raise EvaluationError(
+                f"{same[0]} and {same[1]} are both named {name}, which results are kept by. Rename a folder, or give a source a "
+                "name: sources=[{source:RUN,name:NAME}]."
+            )
+    if config.reference is None or config.reference in named:
         return
-    if config.reference not in {open_samples(path).name for path in given} | {path.name for path in made}:
-        open_samples(config.reference)
+    reference = Path(config.reference)
+    if reference.resolve() in [path.resolve() for path in made]:
+        return
+    if not reference.is_dir():
+        raise EvaluationError(
+            f"reference={reference} is neither a folder nor the name of one that is compared ({', '.join(named)})."
+        )
+    open_samples(reference)
 
 
 def prepare(config: EvaluateConfig) -> Path:

@@ -1,10 +1,12 @@
 """Reading what tools/sample.py wrote, with every check that later code relies on.
 
-B samples, C latent channels, H W latent size; images are (B, c, h, w) with their own size.
+B samples, C latent channels, H W latent size; images are (c, h, w) with their own size.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +22,18 @@ class EvaluationError(ValueError):
     """Input that cannot be evaluated; the message names the file, the reason and what to do."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class SampleFolder:
-    """One folder of samples. All lists and tensors are in the order of `index` in manifest.jsonl."""
+    """What a manifest says, in the order of its `index`. Files are read when they are asked for: a folder may hold more than
+    fits into memory."""
 
     path: Path
-    images_BCHW: Tensor
-    """uint8."""
-    latents_BCHW: Tensor | None
-    """float32, finite; None where the folder has none (latents=false)."""
-    prompts: list[str]
-    seeds: list[int]
-    files: list[Path]
     meta: dict[str, Any]
+    lines: list[dict[str, Any]]
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.resolve().name
 
     @property
     def kind(self) -> str:
@@ -54,23 +51,74 @@ class SampleFolder:
         return f"student, {self.steps} NFE" if self.kind == "student" else f"teacher, {self.steps} steps"
 
     @property
+    def long_title(self) -> str:
+        """The same where teachers may differ in their guidance."""
+        guidance = self.meta.get("guidance") if self.kind == "teacher" else None
+        return self.title + (f", guidance {guidance:g}" if guidance and guidance > 1 else "")
+
+    @property
     def phrase(self) -> str:
         """As part of a sentence, after "the"."""
         return f"student at {self.steps} NFE" if self.kind == "student" else f"{self.steps}-step teacher"
 
+    @cached_property
+    def prompts(self) -> list[str]:
+        return [line["prompt"] for line in self.lines]
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        return [line["seed"] for line in self.lines]
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path / line["file"] for line in self.lines]
+
+    @cached_property
+    def noises(self) -> list[tuple[str, int, int]]:
+        """Prompt and seed of each image, and how many of both there were before: a file of prompts may list one twice."""
+        seen: Counter[tuple[str, int]] = Counter()
+        found = []
+        for line in self.lines:
+            key = (line["prompt"], line["seed"])
+            found.append((*key, seen[key]))
+            seen[key] += 1
+        return found
+
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.lines)
+
+    def image(self, place: int) -> Tensor:
+        """(c, h, w) uint8."""
+        return read_image(self.path / self.lines[place]["file"])
+
+    def latent(self, place: int) -> Tensor | None:
+        """(C, H, W) float32; None where the folder keeps none."""
+        file = self.lines[place].get("latents")
+        return None if file is None else read_latents(self.path / file)
+
+    @cached_property
+    def images_BCHW(self) -> Tensor:
+        """All of them, uint8. Raises EvaluationError where they have several sizes."""
+        return _stack(self.path, [self.image(place) for place in range(len(self))], "images")
+
+    @cached_property
+    def latents_BCHW(self) -> Tensor | None:
+        """All of them, float32; None where the folder has none (latents=false). Raises EvaluationError where one is not finite."""
+        if not all("latents" in line for line in self.lines):
+            return None
+        return _finite(self.path, [self.latent(place) for place in range(len(self))])
 
 
-def load_samples(path: Path | str) -> SampleFolder:
-    """Read and check a sample folder.
-
-    Raises EvaluationError where a file is missing or damaged, where the manifest does not number the images, where they
-    have several sizes, or where latents are not finite.
-    """
+def open_samples(path: Path | str) -> SampleFolder:
+    """Raises EvaluationError where the folder is not a finished one of tools/sample.py. Images and latents are not opened."""
     path = Path(path)
     if not path.is_dir():
         raise EvaluationError(f"{path} is not a folder. Give a folder that tools/sample.py wrote.")
+    inside = (
+        sorted(str(found.parent) for found in path.glob("*/meta.json")) if not (path / "meta.json").exists() else []
+    )
+    if inside:
+        raise EvaluationError(f"{path} holds several folders of samples. Name them: samples=[{','.join(inside)}].")
     meta = _read_meta(path / "meta.json")
     lines = read_jsonl(path / "manifest.jsonl", ("index", "seed", "prompt", "file"))
     lines.sort(key=lambda line: line["index"])  # with gaps where an image could not be made
@@ -79,27 +127,28 @@ def load_samples(path: Path | str) -> SampleFolder:
             f"{path} does not hold one set of samples: {meta['images']} images in meta.json, {len(lines)} lines in "
             "manifest.jsonl, each with an index of its own. Sample it again."
         )
-    has_latents = all("latents" in line for line in lines)
-    return SampleFolder(
-        path=path,
-        images_BCHW=_stack(path, [read_image(path / line["file"]) for line in lines], "images"),
-        latents_BCHW=_finite(path, [read_latents(path / line["latents"]) for line in lines]) if has_latents else None,
-        prompts=[line["prompt"] for line in lines],
-        seeds=[line["seed"] for line in lines],
-        files=[path / line["file"] for line in lines],
-        meta=meta,
-    )
+    missing = next((line["file"] for line in lines if not (path / line["file"]).is_file()), None)
+    if missing is not None:
+        raise EvaluationError(f"{path / missing} is missing, and the manifest lists it. Run tools/sample.py again.")
+    return SampleFolder(path, meta, lines)
 
 
-def read_image(path: Path) -> Tensor:
-    """(c, h, w), uint8."""
+def load_samples(path: Path | str) -> SampleFolder:
+    """The same with every image and latent read and checked: those of one size that fit into memory."""
+    samples = open_samples(path)
+    _ = samples.images_BCHW, samples.latents_BCHW
+    return samples
+
+
+def read_image(path: Path, remedy: str = "Delete it, and run tools/sample.py again.") -> Tensor:
+    """(c, h, w) uint8, c = 1 or 3. Raises EvaluationError where it is no image."""
     try:
         with Image.open(path) as picture:
-            pixels = torch.from_numpy(np.array(picture))
+            pixels = torch.from_numpy(np.array(picture if picture.mode == "L" else picture.convert("RGB")))
     except FileNotFoundError as error:
         raise EvaluationError(f"{path} is missing. Run tools/sample.py again.") from error
     except (OSError, UnidentifiedImageError, SyntaxError) as error:  # PIL's answers to damaged files
-        raise EvaluationError(f"{path} is damaged ({error}). Delete it, and run tools/sample.py again.") from error
+        raise EvaluationError(f"{path} is damaged, or no image ({error}). {remedy}") from error
     return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
@@ -159,6 +208,32 @@ def check_same_noises(samples: SampleFolder, reference: SampleFolder) -> None:
             raise EvaluationError(f"{what[:-5]} are {mine} in {samples.path} and {theirs} in {reference.path}.")
 
 
+def pair_up(samples: SampleFolder, reference: SampleFolder) -> dict[int, int]:
+    """Place of an image -> that of the reference's from the same prompt and seed; an image that either could not make has none.
+
+    Raises EvaluationError where there is no pair.
+    """
+    places = {key: place for place, key in enumerate(reference.noises)}
+    pairs = {place: places[key] for place, key in enumerate(samples.noises) if key in places}
+    if not pairs:
+        (prompt, seed, _), (their_prompt, their_seed, _) = samples.noises[0], reference.noises[0]
+        raise EvaluationError(
+            f"{samples.path} and {reference.path} have no prompt and seed in common (the first: {prompt!r} with {seed}, and "
+            f"{their_prompt!r} with {their_seed}): they are compared image by image from the same noises. Sample both with the "
+            "same prompts and seeds, or leave reference= out."
+        )
+    return pairs
+
+
+def distinct_titles(folders: list[SampleFolder]) -> list[str]:
+    """Of rows in one table: with the folder's name where titles alone are the same."""
+    titles = [samples.long_title for samples in folders]
+    return [
+        f"{title} ({samples.name})" if titles.count(title) > 1 else title
+        for title, samples in zip(titles, folders, strict=True)
+    ]
+
+
 def read_jsonl(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     """One JSON object a line, each with at least `keys`. Raises EvaluationError naming file and line.
 
@@ -198,5 +273,5 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if absent:
         raise EvaluationError(f"{path} has no {', '.join(absent)}.")
     if meta["images"] < 1:
-        raise EvaluationError(f"{path}: images={meta['images']}, nothing was sampled.")
+        raise EvaluationError(f"{path}: images={meta['images']}, nothing was sampled. Sample again.")
     return meta

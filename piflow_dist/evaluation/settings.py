@@ -1,6 +1,7 @@
 """Settings of tools/evaluate.py."""
 
 import dataclasses
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from piflow_dist.config import ConfigError, LaunchConfig, load_config, require, require_positive
+from piflow_dist.evaluation.quality import QUALITY
 from piflow_dist.sampling.settings import SampleConfig
 
 
@@ -69,6 +71,10 @@ class EvaluateConfig:
             self.stats is None or (self.real is not None and self.stats.endswith(".safetensors")),
             f"stats={self.stats} is the .safetensors that the statistics of real= are written to. Give both.",
         )
+        require(
+            self.stats is None or bool(self.inception or self.dataset),
+            "stats= are of a feature network's answers. Give inception=FILE, or dataset=DIR for the small network of a set.",
+        )
         for entry in self.sources:
             require(
                 "source" in entry,
@@ -77,6 +83,14 @@ class EvaluateConfig:
         for entry in self.rewards:
             module, colon, function = entry.partition(":")
             require(bool(module and colon and function), f"rewards: {entry} is not of the form module:function.")
+        names = Counter(entry.partition(":")[2] for entry in self.rewards) + Counter(metric.key for metric in QUALITY)
+        for entry in self.rewards:
+            name = entry.partition(":")[2]
+            require(
+                names[name] == 1,
+                f"rewards: {entry} would be the second metric named {name}, which results are kept by. Import it under another "
+                "name in a module of your own.",
+            )
 
     @property
     def out_dir(self) -> Path:

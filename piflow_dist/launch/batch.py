@@ -131,8 +131,7 @@ def gather_images(arguments: list[str]) -> int:
 
 
 def evaluate(overrides: list[str]) -> None:
-    from piflow_dist.evaluation.folder import open_samples
-    from piflow_dist.evaluation.run import prepare
+    from piflow_dist.evaluation.run import check_inputs, prepare
     from piflow_dist.evaluation.settings import load_evaluation
 
     config = load_evaluation(with_tasks(overrides))
@@ -140,8 +139,7 @@ def evaluate(overrides: list[str]) -> None:
         not config.sources,
         "sources= are sampled by slurm/sample.sh here. Give the folders that it makes, samples=[DIR,...].",
     )
-    for path in config.samples:
-        open_samples(path)
+    check_inputs(config)
     claim(config.out_dir / LOCK, f"out={config.out_dir}")
     print(prepare(config))
 

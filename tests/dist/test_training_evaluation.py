@@ -5,11 +5,13 @@ One start of 2 data-parallel processes and one of 2 tensor-parallel ones train e
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import PROMPTS, TINY, write_diffusers_teacher
 from ranks import run_ranks
 
@@ -18,6 +20,7 @@ from piflow_dist.checkpoint.files import newest_complete
 from piflow_dist.checkpoint.runs import read_run_config
 from piflow_dist.config import Config, ConfigError, load_config
 from piflow_dist.distill.objectives import Batch, TeacherVelocity, build_schedule
+from piflow_dist.evaluation import during
 from piflow_dist.evaluation.during import read_prompts
 from piflow_dist.flow.solvers import euler_sample, policy_sample
 from piflow_dist.models.adapters import teacher_config
@@ -68,6 +71,8 @@ def train_rank(rank: int, tp: int, data: Path, teacher: Path, out: Path) -> dict
 
         start_groups(tp, timedelta(seconds=600))
     topology = Topology(rank, 2, rank, torch.device("cpu"), tp)
+    if not topology.is_main:  # one rank's encoder does for all
+        during.load_prompt_encoder = None
     found = {}
     for name, options in (SPLIT if tp > 1 else SCENARIOS).items():
         with_evaluation = (*options, *EVALUATED)
@@ -77,7 +82,12 @@ def train_rank(rank: int, tp: int, data: Path, teacher: Path, out: Path) -> dict
     if tp == 1:
         stopped = make_config((*SCENARIOS["full"], *EVALUATED), data, teacher, out / "full-stopped")
         train_to(stopped, topology, stop_at=EVERY)
+        if topology.is_main:
+            shutil.copytree(stopped.run_dir, out / "full-each")
+        dist.barrier()
         train_to(stopped, topology)
+        each = ("evaluation.every=1", f"train.steps={EVERY + 1}")
+        train_to(make_config((*SCENARIOS["full"], *EVALUATED, *each), data, teacher, out / "full-each"), topology)
     return found
 
 
@@ -180,6 +190,15 @@ def test_a_training_that_was_stopped_evaluates_the_same(runs: tuple[Path, list])
             else:
                 found, want = (json.loads((folder / file).read_text()) for folder in (stopped, whole))
                 assert found["values"].keys() == want["values"].keys() and found["prompts"] == want["prompts"]
+
+
+def test_an_evaluation_made_up_for_leaves_the_step_s_own(runs: tuple[Path, list]) -> None:
+    """That of step 2 is made by the run that goes on, whose next row has one of its own; both have files."""
+    found = rows_of(runs[0] / "full-each")
+    files = [json.loads((runs[0] / "full-each" / "evaluation" / f"step_{step:08d}.json").read_text()) for step in (2, 3)]
+    assert [row["step"] for row in found] == [1, 2, 3] and "eval_psnr_db" not in found[1]
+    for key in OF_EVALUATION:
+        assert found[2][key] == files[1]["values"][key] != files[0]["values"][key], key
 
 
 @pytest.mark.parametrize("name", ["full", "tied-tp"])

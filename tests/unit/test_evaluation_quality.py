@@ -45,7 +45,7 @@ def test_fid_is_torchmetrics(torchmetrics_image) -> None:
     want = torchmetrics_image.fid.FrechetInceptionDistance(feature=Given()).set_dtype(torch.float64)
     want.update(real.double(), real=True)
     want.update(mine.double(), real=False)
-    found = quality.fid_with_interval(mine, Moments.of(real), 100, 0, CPU)
+    found = quality.fid_with_interval(mine, Moments.of(real, CPU), 100, 0, CPU)
     assert found.value == pytest.approx(want.compute().item(), rel=1e-9)
     assert found.low < found.value < found.high
 
@@ -63,7 +63,7 @@ def test_inception_score_is_torchmetrics(torchmetrics_image) -> None:
     logits = features(200, 2)
     want = torchmetrics_image.inception.InceptionScore(feature=Given(), splits=1)
     want.update(logits.double())
-    found = quality.inception_score(logits, 100, 0)
+    found = quality.inception_score(logits, 100, 0, CPU)
     assert found.value == pytest.approx(want.compute()[0].item(), rel=1e-6)
     assert 1 < found.low < found.value < found.high < D
 
@@ -75,13 +75,42 @@ def test_precision_and_recall_of_the_definition() -> None:
         radius = torch.cdist(others, others).sort(dim=1).values[:, 3]  # itself first
         return (torch.cdist(points, others) <= radius).any(dim=1).double().mean().item()
 
-    precision, recall = quality.precision_recall(mine, real, 200, 0)
+    precision, recall = quality.precision_recall(mine, real, 200, 0, CPU)
     assert (precision.value, recall.value) == (
         pytest.approx(inside(mine.double(), real.double())),
         pytest.approx(inside(real.double(), mine.double())),
     )
     assert 0 <= precision.low < precision.value < precision.high <= 1
     assert 0 < precision.value < 1 and 0 < recall.value < 1
+
+
+def test_blocks_bound_the_memory_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of moments and of distances; a block is smaller than the sets."""
+    real, mine = features(40, 0), features(30, 1, shift=0.5)
+    whole = quality.precision_recall(mine, real, 0, 0, CPU)
+    widths, cdist = [], torch.cdist
+    monkeypatch.setattr(quality, "PAIR_ROWS", 7)
+    monkeypatch.setattr(torch, "cdist", lambda a, b: widths.append((len(a), len(b))) or cdist(a, b))
+    assert quality.precision_recall(mine, real, 0, 0, CPU) == whole and max(max(widths)) == 7
+    monkeypatch.setattr("piflow_dist.evaluation.real.ROWS", 7)
+    chosen = torch.randint(40, (40,), generator=torch.Generator().manual_seed(1))
+    moments = Moments.of(real + 1e4, CPU, chosen)
+    drawn = (real + 1e4)[chosen].double()
+    assert moments.count == 40
+    torch.testing.assert_close(moments.mean_D, drawn.mean(dim=0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(moments.covariance_DD, torch.cov(drawn.T), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_inception_scores_of_resamples_are_the_library_s(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "ROWS", 8)
+    library, logits = quality._library("metric_isc"), features(48, 2)
+    want = [
+        library.isc_features_to_metric(logits[chosen], splits, shuffle=False)[library.KEY_METRIC_ISC_MEAN]
+        for chosen in quality.draws(48, 4, 0)
+    ]
+    found = quality.resampled_scores(logits, splits, 4, 0, CPU)
+    torch.testing.assert_close(found, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_intervals_of_a_mean_are_those_of_its_standard_error() -> None:
@@ -108,8 +137,8 @@ def test_partners_are_drawn_together() -> None:
     """Two nearly equal sets from the same noises: drawn apart they would look ten times as far from each other."""
     reference = features(150, 4)
     mine = reference + 0.02 * features(150, 5)
-    apart = quality.fid_with_interval(mine, Moments.of(reference), 50, 0, CPU)
-    together = quality.fid_with_interval(mine, Moments.of(reference), 50, 0, CPU, reference)
+    apart = quality.fid_with_interval(mine, Moments.of(reference, CPU), 50, 0, CPU)
+    together = quality.fid_with_interval(mine, Moments.of(reference, CPU), 50, 0, CPU, reference)
     assert apart.value == together.value
     assert together.high - together.low < (apart.high - apart.low) / 5
 
@@ -117,9 +146,9 @@ def test_partners_are_drawn_together() -> None:
 def test_the_interval_of_many_features_is_made_of_few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     real, mine = features(150, 0), features(120, 1, shift=2.0)
     monkeypatch.setattr(quality, "WIDE", D - 1)
-    found = quality.fid_with_interval(mine, Moments.of(real), 1000, 0, CPU)
+    found = quality.fid_with_interval(mine, Moments.of(real, CPU), 1000, 0, CPU)
     assert found.high - found.value == pytest.approx(found.value - found.low)
-    assert found == quality.fid_with_interval(mine, Moments.of(real), 20, 0, CPU)
+    assert found == quality.fid_with_interval(mine, Moments.of(real, CPU), 20, 0, CPU)
 
 
 def test_diversity_relative_to_the_reference() -> None:
@@ -134,8 +163,8 @@ def test_diversity_relative_to_the_reference() -> None:
 
 def test_too_few_images_are_said() -> None:
     with pytest.raises(NotMeasurable, match="6 features needs at least 7 images in each set, here are 6"):
-        quality.fid_with_interval(features(6, 0), Moments.of(features(50, 1)), 10, 0, CPU)
+        quality.fid_with_interval(features(6, 0), Moments.of(features(50, 1), CPU), 10, 0, CPU)
     with pytest.raises(NotMeasurable, match="1 of 3 images have no finite score"):
         quality.mean_score(torch.tensor([1.0, math.nan, 2.0]), 10, 0)
     with pytest.raises(NotMeasurable, match="more than 3 images"):
-        quality.precision_recall(features(3, 0), features(9, 0), 10, 0)
+        quality.precision_recall(features(3, 0), features(9, 0), 10, 0, CPU)
