@@ -129,6 +129,7 @@ def test_unknown_keys_groups_and_types(override: str, said: tuple[str, ...]) -> 
         ("distill.guidance.interval=[0.8,0.2]", "inside [0, 1]"),
         ("distill.guidance.interval=[0.1,0.2,0.3]", "two numbers"),
         ("distill.guidance.orthogonal=2", "[0, 1]"),
+        ("evaluation.guidance_interval=[0.8,0.2]", "inside [0, 1]"),
         ("model.num_layers=0", "greater than zero"),
         ("model.axes_dims_rope=[16,56,54]", "attention_head_dim=128"),
         ("model.axes_dims_rope=[17,55,56]", "even"),
