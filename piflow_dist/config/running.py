@@ -167,6 +167,8 @@ class EvaluationConfig:
         require(self.every >= 0, f"evaluation.every={self.every} must not be negative. Use 0 for none.")
         require(self.guidance >= 1, f"evaluation.guidance={self.guidance} is below 1. Use 1 for none.")
         require_interval("evaluation.guidance_interval", self.guidance_interval)
+        if self.nfe is not None:
+            require_positive("evaluation", self, "nfe")
         if self.temperature != "auto":
             try:
                 valid = 0 < float(self.temperature) <= 1
