@@ -301,9 +301,13 @@ def refuse_idle_keys(config: SampleConfig, run: Config) -> None:
         kind == "teacher" or run.policy.type == "gmflow" or config.temperature == "auto",
         f"temperature={config.temperature} is for GMFlow students, and source={config.source} has policy.type={run.policy.type}. Leave it out.",
     )
+    fixed = {
+        "dx": "a DX policy's outputs stand for points in time that its own shift places",
+        "mean": "a mean policy was trained on segments whose ends its own shift places",
+    }
     require(
-        kind == "teacher" or run.policy.type == "gmflow" or config.shift is None,
-        f"shift={config.shift}: a DX policy's outputs stand for points in time that its own shift places. Leave it out.",
+        kind == "teacher" or run.policy.type not in fixed or config.shift is None,
+        f"shift={config.shift}: {fixed.get(run.policy.type)}. Leave it out.",
     )
     require(
         not run.model.guidance_embeds or tuple(config.guidance_interval) == EVERYWHERE,
