@@ -360,8 +360,9 @@ def load_dataset(run: Config) -> DatasetDescription:
     for what, theirs, ours in (
         ("latents of channels", found.latent_channels, run.model.latent_channels),
         ("prompt embeddings of width", found.prompt_dim, run.model.joint_attention_dim),
+        ("pooled prompts of width", found.pooled_dim, run.model.pooled_projection_dim),
     ):
-        require(theirs == ours, f"dataset={run.data.root} holds {what} {theirs}, the model wants {ours}.")
+        require(theirs in (None, ours), f"dataset={run.data.root} holds {what} {theirs}, the model wants {ours}.")
     return found
 
 

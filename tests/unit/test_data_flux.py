@@ -20,10 +20,14 @@ from data_pipeline.description import load_description
 from data_pipeline.empty_prompt import read_empty_prompt
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import PrepareConfig, prepare
-from data_pipeline.prompts import load_prompt_encoder
+from data_pipeline.prompts import TokenTableEncoder, load_prompt_encoder
 from data_pipeline.shared import pretrained_codec
 from data_pipeline.stream import LatentStream, read_all
+from data_pipeline.synthetic import write_random_set
 from data_pipeline.t5_clip import T5ClipEncoder
+from piflow_dist.config import ConfigError, load_config
+from piflow_dist.launch.preflight import check_data
+from piflow_dist.sampling.settings import load_dataset
 
 REPO = Path(__file__).parents[2]
 
@@ -214,6 +218,28 @@ def _resized(encoded: bytes) -> torch.Tensor:
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
 
 
+def test_a_model_of_another_pooled_width_is_refused(tmp_path: Path) -> None:
+    """By training and by sampling, before a process is started; a set that does not say its width is taken."""
+    encoder = TokenTableEncoder(["red"], dim=64)
+    encoder.pooled_dim = 16
+    write_random_set(tmp_path / "set", prompts=("red",), encoder=encoder)
+    write_random_set(tmp_path / "older", prompts=("red",), dim=64)
+    run = (
+        "model=flux_tiny",
+        "run_dir=run",
+        "distill.teacher=teacher",
+        "distill.guidance.scale=3.5",
+        "train.batch_size=4",
+    )
+    said = r"holds pooled prompts of width 16, the model wants (model.pooled_projection_dim=)?24"
+    config = load_config([*run, f"data.root={tmp_path / 'set'}"])
+    for check in (check_data, load_dataset):
+        with pytest.raises(ConfigError, match=said):
+            check(config)
+        check(load_config([*run, f"data.root={tmp_path / 'set'}", "model.pooled_projection_dim=16"]))
+        check(load_config([*run, f"data.root={tmp_path / 'older'}"]))
+
+
 def test_flux_from_captions(flux: Path, tmp_path: Path) -> None:
     config = settings(
         tmp_path / "set",
@@ -225,6 +251,7 @@ def test_flux_from_captions(flux: Path, tmp_path: Path) -> None:
     )
     description = prepare(config, show_progress=False)
     assert description.latent_channels == 16 and description.prompt_dim == 24
+    assert description.pooled_dim == load_description(tmp_path / "set").pooled_dim == 16
     batch = LatentStream(tmp_path / "set", "train", batch_size=1, seed=0).next()
     assert batch["prompt_embeds"].shape == (1, 25, 24) and batch["prompt_mask"].all()
     (want_LD,) = load_prompt_encoder(description.prompt_encoder).encode(batch["prompts"])
