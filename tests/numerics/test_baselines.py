@@ -99,6 +99,21 @@ def test_derivative_of_the_transformer_against_finite_differences(architecture: 
         assert not found.requires_grad
 
 
+@pytest.mark.parametrize(("architecture", "rounds"), [("qwen_image", True), ("flux", True), ("dit", False)])
+def test_what_bf16_does_to_the_noise_level(architecture: str, rounds: bool) -> None:
+    """Qwen-Image and FLUX round it before the sinusoids, as published: the output stands still where the derivative does not."""
+    network = random_student(MODELS[architecture], torch.bfloat16)
+    x, _, text, mask, scale, span, _ = inputs_of(MODELS[architecture])
+    sigma = torch.tensor([0.9, 0.7, 0.6])
+    with torch.no_grad():
+        here, there = (network(x, sigma + step, text, mask, scale, span) for step in (0, 1e-4))
+    assert torch.equal(here, there) == rounds
+    none = (None,) * 4
+    assert (
+        forward_derivative(network, (x, sigma, text, mask, scale, span), (None, torch.ones(3), *none)).abs().max() > 1
+    )
+
+
 # The identity.
 
 
