@@ -17,6 +17,8 @@ class ClassLabelEncoder:
     has two cranes) is refused as a prompt; so is what is no class.
     """
 
+    pooled_dim = None
+
     def __init__(self, classes: Sequence[str], names: Sequence[str] = ()):
         self.classes, self.names = list(classes), list(names)
         self.dim = len(self.classes) + 1

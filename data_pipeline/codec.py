@@ -6,7 +6,7 @@ B batch  C latent channels  H W latent size  c image channels  h w image size  n
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +26,11 @@ class Codec(Protocol):
     downscale: int
     """Image pixels per latent pixel, along each side."""
 
-    def encode(self, images_Bchw: Tensor) -> Tensor:
-        """Images in [-1, 1] -> normalised latents (B,C,H,W), float32, on the images' device."""
+    def encode(self, images_Bchw: Tensor, noise_BCHW: Tensor | None = None) -> Tensor:
+        """Images in [-1, 1] -> normalised latents (B,C,H,W), float32, on the images' device.
+
+        Of a VAE the mode of the posterior: encoding one image twice gives the same latents. With standard normal noise a sample.
+        """
         ...
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -58,8 +61,10 @@ class BlockCodec:
         self.scale = scale
         self._basis_nn = _cosine_basis(block)
 
-    def encode(self, images_Bchw: Tensor) -> Tensor:
+    def encode(self, images_Bchw: Tensor, noise_BCHW: Tensor | None = None) -> Tensor:
         _check_image_shape(images_Bchw, self.image_channels, self.downscale)
+        if noise_BCHW is not None:
+            raise ValueError("BlockCodec has no posterior to draw from. Leave posterior=sample out.")
         B, c, h, w = images_Bchw.shape
         n = self.downscale
         basis_nn = self._basis_nn.to(images_Bchw.device)
@@ -92,7 +97,7 @@ class QwenImageCodec:
     """Qwen-Image's VAE: 8 x smaller, 16 channels, normalised by its own latents_mean and latents_std.
 
     `path` is a local Qwen-Image folder (its `vae/` is read). The VAE is one for videos; the frame axis stays inside
-    this class. The posterior's mode is taken, not a sample: encoding one image twice gives the same latents.
+    this class.
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
@@ -116,14 +121,11 @@ class QwenImageCodec:
         self._std_1C11 = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1)
 
     @torch.no_grad()
-    def encode(self, images_Bchw: Tensor) -> Tensor:
+    def encode(self, images_Bchw: Tensor, noise_BCHW: Tensor | None = None) -> Tensor:
         _check_image_shape(images_Bchw, self.image_channels, self.downscale)
-        at_once = max(1, PIXELS_AT_ONCE // (images_Bchw.shape[2] * images_Bchw.shape[3]))
-        means_BCHW = [
-            self._vae.encode(part_Bchw.to(self._dtype).unsqueeze(2)).latent_dist.mode().squeeze(2).float()
-            for part_Bchw in images_Bchw.split(at_once)
-        ]
-        return (torch.cat(means_BCHW) - self._mean_1C11) / self._std_1C11
+        noise_BCFHW = None if noise_BCHW is None else noise_BCHW.unsqueeze(2)
+        raw_BCHW = encode_in_parts(self._vae, images_Bchw.unsqueeze(2).to(self._dtype), noise_BCFHW).squeeze(2)
+        return (raw_BCHW - self._mean_1C11) / self._std_1C11
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -140,7 +142,7 @@ class AutoencoderKLCodec:
     """diffusers' AutoencoderKL, normalised by its own numbers: (latents - shift_factor) * scaling_factor.
 
     SD's VAE (4 channels, no shift), as for models of ImageNet, and FLUX's (16 channels). `path` is a local model with a
-    `vae/` folder, or the folder of a VAE itself. The posterior's mode is taken, not a sample.
+    `vae/` folder, or the folder of a VAE itself.
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
@@ -167,14 +169,9 @@ class AutoencoderKLCodec:
         self._scale, self._shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
 
     @torch.no_grad()
-    def encode(self, images_Bchw: Tensor) -> Tensor:
+    def encode(self, images_Bchw: Tensor, noise_BCHW: Tensor | None = None) -> Tensor:
         _check_image_shape(images_Bchw, self.image_channels, self.downscale)
-        at_once = max(1, PIXELS_AT_ONCE // (images_Bchw.shape[2] * images_Bchw.shape[3]))
-        modes_BCHW = [
-            self._vae.encode(part_Bchw.to(self._dtype)).latent_dist.mode().float()
-            for part_Bchw in images_Bchw.split(at_once)
-        ]
-        return (torch.cat(modes_BCHW) - self._shift) * self._scale
+        return (encode_in_parts(self._vae, images_Bchw.to(self._dtype), noise_BCHW) - self._shift) * self._scale
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -185,6 +182,25 @@ class AutoencoderKLCodec:
     def describe(self) -> dict[str, Any]:
         dtype = str(self._dtype).removeprefix("torch.")
         return {"kind": "autoencoder_kl", "path": self._path, "dtype": dtype, "weights": self._weights}
+
+
+def encode_in_parts(vae: Any, images: Tensor, noise: Tensor | None) -> Tensor:
+    """Raw latents (B, C, ...), float32: a diffusers VAE's posterior mode, or with noise of the same shape mean + std * noise."""
+    at_once = max(1, PIXELS_AT_ONCE // (images.shape[-2] * images.shape[-1]))
+    parts = images.split(at_once)
+    noises = [None] * len(parts) if noise is None else noise.to(images).split(at_once)
+    raw = []
+    for part, its_noise in zip(parts, noises, strict=True):
+        posterior = vae.encode(part).latent_dist
+        raw.append((posterior.mode() if its_noise is None else posterior.mean + posterior.std * its_noise).float())
+    return torch.cat(raw)
+
+
+def posterior_noise(keys: Sequence[str], shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal (B,C,H,W), a function of each sample's key alone: the same after a kill and on any number of processes."""
+    digests = (hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest() for key in keys)
+    generators = [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def tile_where_large(vae: Any, pixels: int) -> None:

@@ -72,6 +72,8 @@ class DatasetDescription:
     """Samples that had to be changed, by what was changed."""
     empty_prompt: str | None = None
     """sha256 of the file with the embedding of ""; None in sets of earlier versions, which have none."""
+    pooled_dim: int | None = None
+    """Width of the pooled prompt in an embedding's first row; None where there is none, and in sets of earlier versions."""
     remote: str | None = None
     """URL of a set in a remote store."""
 
@@ -126,6 +128,7 @@ class DatasetDescription:
             "codec": dict(self.codec),
             "prompt_encoder": dict(self.prompt_encoder),
             "prompt_dim": self.prompt_dim,
+            "pooled_dim": self.pooled_dim,
             "prompts": list(self.prompts),
             "empty_prompt": self.empty_prompt,
             "latents": self.latents,
@@ -174,6 +177,7 @@ def load_description(root: str | Path) -> DatasetDescription:
             left_out=content.get("left_out", {}),
             changed=content.get("changed", {}),
             empty_prompt=content.get("empty_prompt"),
+            pooled_dim=content.get("pooled_dim"),
             remote=remote,
         )
         recorded = content["fingerprint"]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from data_pipeline.buckets import Size, crop_box, make_buckets, nearest_bucket
-from data_pipeline.codec import Codec
+from data_pipeline.codec import Codec, posterior_noise
 from data_pipeline.decode import CropDecoder
 from data_pipeline.description import Bucket, read_index
 from data_pipeline.errors import DataError
@@ -89,7 +89,9 @@ class Workshop:
         whole = [sample for i, sample in enumerate(group) if i not in faults]
         if not whole:
             return [], torch.empty(0), faults
-        return whole, self.codec.encode(to_images(pixels_Bhwc, self.device)).cpu(), faults
+        drawn = self.config.posterior == "sample"
+        noise_BCHW = posterior_noise([s.key for s in whole], self.latent_shape(bucket)) if drawn else None
+        return whole, self.codec.encode(to_images(pixels_Bhwc, self.device), noise_BCHW).cpu(), faults
 
     def latent_shape(self, bucket: Size) -> tuple[int, int, int]:
         n = self.codec.downscale

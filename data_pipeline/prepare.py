@@ -152,6 +152,7 @@ def _describe(plan: Plan, staged: Path, config: PrepareConfig, shop: Workshop, a
         codec=shop.codec.describe(),
         prompt_encoder=shop.prompt_encoder.describe(),
         prompt_dim=shop.prompt_encoder.dim,
+        pooled_dim=shop.prompt_encoder.pooled_dim,
         prompts=assembled.prompts,
         source={
             "name": config.source,
@@ -207,6 +208,7 @@ def _write_set(folder: Path, config: PrepareConfig, show_progress: bool) -> None
         codec=codec.describe(),
         prompt_encoder=prompt_encoder.describe(),
         prompt_dim=prompt_encoder.dim,
+        pooled_dim=prompt_encoder.pooled_dim,
         prompts=tuple(captions) if len(captions) <= MOST_LISTED_PROMPTS else (),
         source=source.describe(),
         request=config.request(),

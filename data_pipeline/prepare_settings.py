@@ -64,6 +64,8 @@ class PrepareConfig:
     codec: str = "block_dct"
     """Images to latents: block_dct (orthogonal 4 x 4 transform, no weights), qwen_image_vae or autoencoder_kl (SD's or
     FLUX's VAE; both need model_path)."""
+    posterior: str = "mode"
+    """Of a VAE's distribution of latents: mode, or sample (drawn once for each image, by its key), as ImageNet models are trained."""
     prompt_encoder: str = "token_table"
     """Captions to embeddings: token_table (one fixed vector per word), class_labels (a caption is the name of a class),
     qwen2_5_vl or t5_clip (FLUX.1; both need model_path)."""
@@ -99,6 +101,7 @@ class PrepareConfig:
             ("broken", ("drop", "stop")),
             ("latents", ("stored", "online")),
             ("captions", ("beside", "folders")),
+            ("posterior", ("mode", "sample")),
         ):
             value = getattr(self, name)
             if value not in known:
@@ -139,6 +142,13 @@ class PrepareConfig:
             raise ValueError(f"labels={self.labels} is read by prompt_encoder=class_labels alone.")
         if self.captions == "folders" and self.source != "folder":
             raise ValueError(f"captions=folders needs source=folder, not source={self.source}.")
+        if self.posterior == "sample" and (self.source in ("digits", "prompts") or self.latents == "online"):
+            raise ValueError(
+                f"posterior=sample draws latents as they are stored, not with source={self.source} and latents={self.latents}. "
+                "Leave it out."
+            )
+        if self.posterior == "sample" and self.codec == "block_dct" and self.like is None:
+            raise ValueError("posterior=sample: codec=block_dct has no posterior to draw from. Leave it out.")
         chosen = {"codec": self.codec, "prompt_encoder": self.prompt_encoder}
         needs_model = [f"{name}={value}" for name, value in chosen.items() if value not in WITHOUT_WEIGHTS]
         if needs_model and self.model_path is None and self.like is None:

@@ -15,6 +15,8 @@ from data_pipeline.t5_clip import T5ClipEncoder
 
 class PromptEncoder(Protocol):
     dim: int
+    pooled_dim: int | None
+    """Of encoders that put a vector of the whole prompt into the first row: its width, the rest of that row being zeros."""
 
     def encode(self, prompts: list[str]) -> list[Tensor]:
         """One (L_i, D) float32 tensor per prompt, on the CPU. "" is the unconditional prompt."""
@@ -31,6 +33,8 @@ class TokenTableEncoder:
     Values are rounded to bfloat16, the precision in which shards hold embeddings: what is encoded at sampling time
     equals, to the bit, what training read.
     """
+
+    pooled_dim = None
 
     def __init__(self, words: Sequence[str], dim: int = 64, seed: int = 0):
         self.dim = dim
@@ -77,6 +81,8 @@ class QwenPromptEncoder:
 
     `path` is a local Qwen-Image folder (its `tokenizer/` and `text_encoder/` are read).
     """
+
+    pooled_dim = None
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ def write_random_set(
         codec={"kind": "block_dct", "image_channels": 1, "block": math.isqrt(channels), "scale": 1.0},
         prompt_encoder=encoder.describe(),
         prompt_dim=encoder.dim,
+        pooled_dim=encoder.pooled_dim,
         prompts=tuple(sorted(prompts)),
         source={"name": "random"},
         request={},

@@ -3,7 +3,14 @@
 A wrong key is Hydra's error, a wrong value is raised here as ValueError with the option to change.
 """
 
-from piflow_dist.config.checks import CONFIG_DIR, ConfigError, require, require_choice, require_positive
+from piflow_dist.config.checks import (
+    CONFIG_DIR,
+    ConfigError,
+    require,
+    require_choice,
+    require_interval,
+    require_positive,
+)
 from piflow_dist.config.composing import (
     changed_keys,
     config_from,
@@ -60,6 +67,7 @@ __all__ = [
     "read_config",
     "require",
     "require_choice",
+    "require_interval",
     "require_positive",
     "save_config",
 ]

@@ -24,3 +24,10 @@ def require_positive(prefix: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value > 0 and math.isfinite(value), f"{prefix}.{name}={value} must be a number greater than zero.")
+
+
+def require_interval(option: str, interval: list[float]) -> None:
+    """Of noise levels."""
+    require(len(interval) == 2, f"{option}={list(interval)} must be two numbers.")
+    low, high = interval
+    require(0 <= low < high <= 1, f"{option}={list(interval)} is not an interval inside [0, 1].")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from piflow_dist.config.checks import require, require_choice, require_positive
+from piflow_dist.config.checks import require, require_choice, require_interval, require_positive
 
 BASELINES = ("meanflow", "shortcut_regression")
 """Objectives whose students predict one mean velocity for a segment (policy.type=mean)."""
@@ -23,11 +23,7 @@ class GuidanceConfig:
             self.scale >= 1,
             f"distill.guidance.scale={self.scale} is below 1: guidance acts only above 1. Use 1 for none.",
         )
-        require(len(self.interval) == 2, f"distill.guidance.interval={list(self.interval)} must be two numbers.")
-        low, high = self.interval
-        require(
-            0 <= low < high <= 1, f"distill.guidance.interval={list(self.interval)} is not an interval inside [0, 1]."
-        )
+        require_interval("distill.guidance.interval", self.interval)
         require(0 <= self.orthogonal <= 1, f"distill.guidance.orthogonal={self.orthogonal} must lie in [0, 1].")
 
 

@@ -29,6 +29,8 @@ class ModelConfig:
     """Channels of a head that turn with the frame, the row and the column; [] for dit, whose tokens know their place."""
     time_scale: float = 1000.0
     """dit: the network reads the noise level times this. 1 for SiT and REPA, 1000 for others."""
+    norm_eps: float = 1e-6
+    """dit: of the norm before an MLP (all others have 1e-6). 1e-5 in LakonLab's class, unless its config.json says another."""
     guidance_embeds: bool = False
     """The guidance scale is an input of the network: a guidance-distilled teacher (as FLUX.1-dev is), and its student."""
 
@@ -51,7 +53,7 @@ class ModelConfig:
                     f"{self.joint_attention_dim}, but the pooled prompt is a row of the prompt's embedding.",
                 )
             case "dit":
-                require_positive("model", self, "time_scale")
+                require_positive("model", self, "time_scale", "norm_eps")
                 require(
                     not self.axes_dims_rope and self.width % 4 == 0,
                     f"model.axes_dims_rope={list(self.axes_dims_rope)}, width {self.width}: model.architecture=dit adds fixed "

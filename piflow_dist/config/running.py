@@ -1,10 +1,10 @@
 """Of what is around the loop: processes and clusters, the watchdog, tracking, evaluation beside training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from piflow_dist.config.checks import require, require_choice, require_positive
+from piflow_dist.config.checks import require, require_choice, require_interval, require_positive
 
 
 @dataclass(kw_only=True)
@@ -157,6 +157,8 @@ class EvaluationConfig:
     """Euler steps of the teacher's images, which are made once a process; of a teacher in training, of all its images."""
     guidance: float = 1.0
     """Guidance scale of a teacher in training; a student's teacher has distill.guidance."""
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """Noise levels sigma between which that guidance acts."""
     batch_size: int = 8
     """Images per process and forward pass."""
 
@@ -164,6 +166,9 @@ class EvaluationConfig:
         require_positive("evaluation", self, "max_prompts", "images_per_prompt", "teacher_steps", "batch_size")
         require(self.every >= 0, f"evaluation.every={self.every} must not be negative. Use 0 for none.")
         require(self.guidance >= 1, f"evaluation.guidance={self.guidance} is below 1. Use 1 for none.")
+        require_interval("evaluation.guidance_interval", self.guidance_interval)
+        if self.nfe is not None:
+            require_positive("evaluation", self, "nfe")
         if self.temperature != "auto":
             try:
                 valid = 0 < float(self.temperature) <= 1

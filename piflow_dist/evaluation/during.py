@@ -109,7 +109,8 @@ class TrainingEvaluation:
 
     def _sample(self, network: nn.Module, batch: Batch) -> Tensor:
         if not self.config.distils:
-            return self._euler(network, batch, GuidanceConfig(scale=self.settings.guidance))
+            guidance = GuidanceConfig(scale=self.settings.guidance, interval=self.settings.guidance_interval)
+            return self._euler(network, batch, guidance)
         run, settings = self.config, self.settings
 
         return policy_sample(

@@ -67,6 +67,12 @@ def check_data(config: Config) -> None:
         f"{config.data.root} holds prompt embeddings of width {dim}, the model wants "
         f"model.joint_attention_dim={config.model.joint_attention_dim}. Prepare the data with this model's prompt encoder.",
     )
+    pooled = config.model.pooled_projection_dim
+    require(
+        description.pooled_dim in (None, pooled),
+        f"{config.data.root} holds pooled prompts of width {description.pooled_dim}, the model wants "
+        f"model.pooled_projection_dim={pooled}. Prepare the data with this model's prompt encoder.",
+    )
     largest = max(bucket.samples for bucket in description.buckets(config.data.split))
     require(
         largest >= config.train.batch_size,

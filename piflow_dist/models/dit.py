@@ -25,7 +25,16 @@ from torch import Tensor, nn
 
 from piflow_dist.config import ConfigError, ModelConfig, require
 from piflow_dist.models.heads import PATCH, pack
-from piflow_dist.models.layers import TIME_CHANNELS, Mlp, at_least_float32, embedder, modulate, sinusoids, two_layers
+from piflow_dist.models.layers import (
+    EPS,
+    TIME_CHANNELS,
+    Mlp,
+    at_least_float32,
+    embedder,
+    modulate,
+    sinusoids,
+    two_layers,
+)
 from piflow_dist.models.lora import apply_linear
 from piflow_dist.models.transformer import Published, Rule, Transformer
 from piflow_dist.models.weights import RowView, ScaledView, View, shape_of
@@ -88,8 +97,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Modulated attention and MLP, each added through a gate."""
 
-    def __init__(self, width: int, head_width: int):
+    def __init__(self, width: int, head_width: int, norm_eps: float):
         super().__init__()
+        self.norm_eps = norm_eps
         self.norm1 = nn.Module()
         self.norm1.linear = nn.Linear(width, 6 * width)
         self.attn1, self.ff = Attention(width, head_width), Mlp(width)
@@ -97,11 +107,13 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, temb_BD: Tensor, adapted: bool) -> Tensor:
         mod = apply_linear(self.norm1.linear, F.silu(temb_BD), adapted)[:, None].chunk(6, dim=-1)
         x_BTD = torch.addcmul(x_BTD, mod[2], self.attn1(modulate(x_BTD, *mod[:2]), adapted))
-        return torch.addcmul(x_BTD, mod[5], self.ff(modulate(x_BTD, *mod[3:5]), adapted))
+        return torch.addcmul(x_BTD, mod[5], self.ff(modulate(x_BTD, *mod[3:5], self.norm_eps), adapted))
 
 
 BLOCK = r"transformer_blocks\.\d+\."
 SIT, REPA = "SiT", "REPA"
+MOD_EPS = 1e-5
+"""norm_eps of DiTTransformer2DModelMod and the students made of it where config.json does not say it."""
 
 
 class DiT(Transformer):
@@ -132,7 +144,7 @@ class DiT(Transformer):
         self.pos_embed.proj = nn.Linear(config.latent_channels * PATCH * PATCH, width)
         self.emb = Conditioning(width, config.joint_attention_dim, config.time_scale)
         self.transformer_blocks = nn.ModuleList(
-            Block(width, config.attention_head_dim) for _ in range(config.num_layers)
+            Block(width, config.attention_head_dim, config.norm_eps) for _ in range(config.num_layers)
         )
         self.add_output(config, head, tied)
 
@@ -167,7 +179,7 @@ class DiT(Transformer):
             "attention_head_dim": config.attention_head_dim,
             "num_attention_heads": config.num_attention_heads,
             "num_embeds_ada_norm": config.joint_attention_dim - 1,
-            "norm_eps": 1e-6,
+            "norm_eps": config.norm_eps,
             "patch_size": PATCH,
             "time_scale": config.time_scale,
         }
@@ -183,6 +195,7 @@ class DiT(Transformer):
             joint_attention_dim=found["num_embeds_ada_norm"] + 1,
             axes_dims_rope=[],
             time_scale=float(found.get("time_scale", 1.0)),
+            norm_eps=float(found.get("norm_eps", EPS if found.get("_class_name") in cls.other_classes else MOD_EPS)),
         )
 
     @classmethod

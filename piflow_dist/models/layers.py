@@ -60,8 +60,8 @@ class Mlp(nn.Module):
         )
 
 
-def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    return torch.addcmul(shift_B1D, F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=EPS), 1 + scale_B1D)
+def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, eps: float = EPS) -> Tensor:
+    return torch.addcmul(shift_B1D, F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=eps), 1 + scale_B1D)
 
 
 class FinalNorm(nn.Module):

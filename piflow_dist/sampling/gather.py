@@ -14,6 +14,8 @@ from piflow_dist.sampling.settings import SampleRequest
 
 REQUEST, META, MANIFEST = "request.json", "meta.json", "manifest.jsonl"
 FAILURES, CONTACT_SHEET = "failures.jsonl", "contact_sheet.png"
+EARLIER = {"guidance_interval": [0.0, 1.0]}
+"""Settings that folders of earlier versions do not name."""
 SHEET_IMAGES, SHEET_COLUMNS, TILE = 64, 8, (64, 256)
 
 
@@ -25,7 +27,7 @@ def prepare_folder(request: SampleRequest) -> bool:
     out, identity = request.out, request.identity()
     path = out / REQUEST
     if path.exists():
-        found = json.loads(path.read_text())
+        found = EARLIER | json.loads(path.read_text())
         changed = [f"{key}: {found.get(key)} -> {value}" for key, value in identity.items() if found.get(key) != value]
         if not changed and (out / META).exists() and not (out / FAILURES).exists() and not request.missing():
             return True

@@ -98,9 +98,10 @@ class Sampler:
         return self._student(noise_BCHW, batch, schedule, generators)[: len(images)]
 
     def _teacher(self, noise_BCHW: Tensor, batch: Batch, schedule: FlowSchedule) -> Tensor:
-        guidance = GuidanceConfig(scale=self.request.config.guidance)
+        config = self.request.config
+        guidance = GuidanceConfig(scale=config.guidance, interval=config.guidance_interval)
         velocity = TeacherVelocity(self.network, batch, guidance, self.request.run.model.guidance_embeds)
-        return euler_sample(velocity, noise_BCHW, schedule, self.request.config.steps)
+        return euler_sample(velocity, noise_BCHW, schedule, config.steps)
 
     def _student(
         self, noise_BCHW: Tensor, batch: Batch, schedule: FlowSchedule, generators: list[torch.Generator]

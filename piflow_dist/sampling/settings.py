@@ -14,7 +14,15 @@ from omegaconf import MISSING
 from data_pipeline.description import DatasetDescription, load_description
 from piflow_dist.checkpoint.files import MANIFEST
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
-from piflow_dist.config import Config, ConfigError, LaunchConfig, require, require_choice, require_positive
+from piflow_dist.config import (
+    Config,
+    ConfigError,
+    LaunchConfig,
+    require,
+    require_choice,
+    require_interval,
+    require_positive,
+)
 from piflow_dist.distill.objectives import build_schedule
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.models.adapters import check_base, open_student, student_config, student_folder, teacher_config
@@ -25,6 +33,7 @@ from piflow_dist.sampling.images import ImageRequest, list_images, read_prompts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VAE_DOWNSCALE = 8
 """Image pixels per latent pixel of every VAE that is known here; the sampler checks it when it has loaded one."""
+EVERYWHERE = (0.0, 1.0)
 
 
 @dataclass(kw_only=True)
@@ -71,6 +80,8 @@ class SampleConfig:
     """Euler steps of a teacher."""
     guidance: float = 1.0
     """Guidance scale of a teacher."""
+    guidance_interval: list[float] = field(default_factory=lambda: list(EVERYWHERE))
+    """Noise levels sigma between which a teacher's guidance acts: a student's teacher had distill.guidance.interval."""
     temperature: str = "auto"
     """Of a GMFlow student, at every step but the last: a number, or auto = 0.1 (nfe - 1)."""
     h: str = "0"
@@ -102,6 +113,11 @@ class SampleConfig:
         require_positive("sample", self, "images_per_prompt", "steps", "substeps", "batch_size")
         require(self.nfe is None or self.nfe > 0, f"nfe={self.nfe} must be greater than zero.")
         require(self.guidance >= 1, f"guidance={self.guidance} is below 1. Use 1 for none.")
+        require_interval("guidance_interval", self.guidance_interval)
+        require(
+            self.guidance > 1 or tuple(self.guidance_interval) == EVERYWHERE,
+            f"guidance_interval={list(self.guidance_interval)} with guidance={self.guidance}, which is none. Give guidance too.",
+        )
         if self.temperature != "auto":
             require(
                 0 < number("temperature", self.temperature) <= 1, f"temperature={self.temperature} must lie in (0, 1]."
@@ -134,7 +150,7 @@ class SampleConfig:
         return Path(self.embeddings) if self.embeddings is not None else Path(self.out).parent / ".embeddings"
 
 
-ONLY_OF = {"teacher": ("steps", "guidance"), "student": ("nfe", "temperature", "h", "substeps")}
+ONLY_OF = {"teacher": ("steps", "guidance", "guidance_interval"), "student": ("nfe", "temperature", "h", "substeps")}
 """Keys that mean something for one kind of source."""
 
 
@@ -207,7 +223,8 @@ class SampleRequest:
             {"kind": self.kind, "dtype": self.dtype, "shift": self.config.shift, "ema": self.config.ema},
         )
         if self.kind == "teacher":
-            return common | {"steps": config.steps, "guidance": config.guidance}
+            guidance = {"guidance": config.guidance, "guidance_interval": list(config.guidance_interval)}
+            return common | {"steps": config.steps, **guidance}
         sampler = {"temperature": self.temperature, "h": f"{float(config.h):g}", "substeps": config.substeps}
         return common | {"nfe": self.evaluations, **sampler}
 
@@ -272,11 +289,11 @@ def build_request(config: SampleConfig) -> SampleRequest:
 def refuse_idle_keys(config: SampleConfig, run: Config) -> None:
     """What would change nothing was meant for another source."""
     kind, other = ("student", "teacher") if run.distils else ("teacher", "student")
-    defaults = {item.name: item.default for item in dataclasses.fields(config)}
+    defaults = SampleConfig()
     for name in ONLY_OF[other]:
         value = getattr(config, name)
         require(
-            value == defaults[name],
+            value == getattr(defaults, name),
             f"{name}={value} is for {other}s, and source={config.source} is a {kind}. Leave it out. "
             f"A {kind} has: {', '.join(ONLY_OF[kind])}.",
         )
@@ -284,9 +301,18 @@ def refuse_idle_keys(config: SampleConfig, run: Config) -> None:
         kind == "teacher" or run.policy.type == "gmflow" or config.temperature == "auto",
         f"temperature={config.temperature} is for GMFlow students, and source={config.source} has policy.type={run.policy.type}. Leave it out.",
     )
+    fixed = {
+        "dx": "a DX policy's outputs stand for points in time that its own shift places",
+        "mean": "a mean policy was trained on segments whose ends its own shift places",
+    }
     require(
-        kind == "teacher" or run.policy.type == "gmflow" or config.shift is None,
-        f"shift={config.shift}: a DX policy's outputs stand for points in time that its own shift places. Leave it out.",
+        kind == "teacher" or run.policy.type not in fixed or config.shift is None,
+        f"shift={config.shift}: {fixed.get(run.policy.type)}. Leave it out.",
+    )
+    require(
+        not run.model.guidance_embeds or tuple(config.guidance_interval) == EVERYWHERE,
+        f"guidance_interval={list(config.guidance_interval)} acts on two velocities, and source={config.source} answers with the guided "
+        "one (model.guidance_embeds=true). Leave it out.",
     )
     require(
         not config.mlflow or diffusers_folder(str(config.source)) is None,
@@ -334,8 +360,9 @@ def load_dataset(run: Config) -> DatasetDescription:
     for what, theirs, ours in (
         ("latents of channels", found.latent_channels, run.model.latent_channels),
         ("prompt embeddings of width", found.prompt_dim, run.model.joint_attention_dim),
+        ("pooled prompts of width", found.pooled_dim, run.model.pooled_projection_dim),
     ):
-        require(theirs == ours, f"dataset={run.data.root} holds {what} {theirs}, the model wants {ours}.")
+        require(theirs in (None, ours), f"dataset={run.data.root} holds {what} {theirs}, the model wants {ours}.")
     return found
 
 

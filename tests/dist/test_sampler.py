@@ -40,7 +40,7 @@ IMAGES = 2 * len(PROMPTS)
 COMMON = ("images_per_prompt=2", "seed=5", "launch.device=cpu", "launch.threads=1")
 # Noise between the steps and a sharpened mixture: every part of the sampler has a say in the images.
 STUDENT = (*COMMON, "h=0.5", "temperature=auto")
-TEACHER = (*COMMON, "steps=6", "guidance=2")
+TEACHER = (*COMMON, "steps=6", "guidance=2", "guidance_interval=[0,0.7]")
 
 
 def run_sampler(source: Path, out: Path, *arguments: str, code: int = 0) -> str:
@@ -419,7 +419,7 @@ def test_a_teacher_image_is_the_formulas(made: Path, teacher_run: Path) -> None:
                 model(x.float(), sigma, text, torch.ones(text.shape[:2], dtype=torch.bool)).double()
                 for text in (encode(prompt), empty)
             )
-            x = x + (there - here) * (u_empty + 2 * (u - u_empty))
+            x = x + (there - here) * (u_empty + (2 if here <= 0.7 else 1) * (u - u_empty))
         assert_close(want_CHW[None].double(), x, rtol=0, atol=2e-4 * x.abs().max().item())
 
 
@@ -453,6 +453,7 @@ def test_overwrite_makes_them_again(student_images: Path, student_run: Path, tmp
         ("temperature=warm", ("temperature=warm is not a number",)),
         ("steps=8", ("steps=8 is for teachers", "is a student", "nfe, temperature, h, substeps")),
         ("guidance=2", ("guidance=2.0 is for teachers",)),
+        ("guidance_interval=[0,0.7]", ("guidance_interval=[0.0, 0.7] with guidance=1.0",)),
         ("h=-1", ("h=-1", "0 (ODE) or more")),
         ("images_per_prompt=0", ("images_per_prompt",)),
         ("seeds=[1,2]", ("give seeds alone",)),

@@ -38,32 +38,48 @@ F64 = torch.float64
 # The derivative.
 
 
-def qwen_student() -> nn.Module:
-    """A float64 student of mean velocities with random weights: no path is blocked by zeros of the initialisation."""
-    config = ModelConfig(
-        num_layers=2, num_attention_heads=2, attention_head_dim=16, joint_attention_dim=24, axes_dims_rope=[4, 6, 6]
-    )
-    model = build_student(build_teacher(config, seed=0), config, PolicyConfig(type="mean"), seed=0).double()
+TRUNK = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 24}
+MODELS = {
+    "qwen_image": ModelConfig(axes_dims_rope=[4, 6, 6], **TRUNK),
+    "flux": ModelConfig(
+        architecture="flux",
+        num_single_layers=2,
+        pooled_projection_dim=10,
+        axes_dims_rope=[4, 6, 6],
+        guidance_embeds=True,
+        **TRUNK,
+    ),
+    "dit": ModelConfig(architecture="dit", latent_channels=4, axes_dims_rope=[], time_scale=100.0, **TRUNK),
+}
+
+
+def random_student(config: ModelConfig, dtype: torch.dtype = F64) -> Callable[..., Tensor]:
+    """A student of mean velocities with random weights: no path is blocked by zeros of the initialisation."""
+    model = build_student(build_teacher(config, seed=0), config, PolicyConfig(type="mean"), seed=0).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=F64))
-    return model
+    return lambda *inputs: model(*inputs)["mean"]
 
 
-def test_derivative_of_the_transformer_against_finite_differences() -> None:
-    """Along x, sigma and the length together, and along each alone; prompts of two lengths behind their mask."""
+def inputs_of(config: ModelConfig) -> list[Tensor | None]:
+    """x, sigma, prompts (of two lengths behind their mask where there is one), guidance scale, span; and a direction of x."""
     generator = torch.Generator().manual_seed(2)
-    model = qwen_student()
-    x, direction = (torch.randn(3, 16, 4, 4, generator=generator, dtype=F64) for _ in range(2))
+    x, direction = (torch.randn(3, config.latent_channels, 4, 4, generator=generator, dtype=F64) for _ in range(2))
     text, mask = torch.randn(3, 5, 24, generator=generator, dtype=F64), torch.ones(3, 5, dtype=torch.bool)
     mask[0, 3:] = False
     sigma, span = torch.tensor([0.9, 0.5, 0.3], dtype=F64), torch.tensor([0.9, 0.2, 0.0], dtype=F64)
+    scale = torch.full_like(sigma, 3.5) if config.guidance_embeds else None
+    return [x, sigma, text, mask if config.architecture == "qwen_image" else None, scale, span, direction]
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_derivative_of_the_transformer_against_finite_differences(architecture: str) -> None:
+    """Along x, sigma and the length together, and along each alone."""
+    network = random_student(MODELS[architecture])
+    x, sigma, text, mask, scale, span, direction = inputs_of(MODELS[architecture])
     one, none, h = torch.ones_like(sigma), torch.zeros_like(sigma), 1e-6
-
-    def network(*inputs: Tensor) -> Tensor:
-        return model(*inputs)["mean"]
-
     for along_x, along_sigma, along_span in (
         (direction, one, one),
         (0 * x, one, none),
@@ -71,16 +87,31 @@ def test_derivative_of_the_transformer_against_finite_differences() -> None:
         (direction, none, none),
     ):
         tangents = (along_x, along_sigma, None, None, None, along_span)
-        found = forward_derivative(network, (x, sigma, text, mask, None, span), tangents)
+        found = forward_derivative(network, (x, sigma, text, mask, scale, span), tangents)
         with torch.no_grad():
             ends = [
-                network(x + step * along_x, sigma + step * along_sigma, text, mask, None, span + step * along_span)
+                network(x + step * along_x, sigma + step * along_sigma, text, mask, scale, span + step * along_span)
                 for step in (h, -h)
             ]
         want = (ends[0] - ends[1]) / (2 * h)
         assert want.abs().max() > 1e-3
         assert_close(found, want, rtol=1e-5, atol=1e-6 * want.abs().max().item())
         assert not found.requires_grad
+
+
+@pytest.mark.parametrize(("architecture", "rounds"), [("qwen_image", True), ("flux", True), ("dit", False)])
+def test_what_bf16_does_to_the_noise_level(architecture: str, rounds: bool) -> None:
+    """Qwen-Image and FLUX round it before the sinusoids, as published: the output stands still where the derivative does not."""
+    network = random_student(MODELS[architecture], torch.bfloat16)
+    x, _, text, mask, scale, span, _ = inputs_of(MODELS[architecture])
+    sigma = torch.tensor([0.9, 0.7, 0.6])
+    with torch.no_grad():
+        here, there = (network(x, sigma + step, text, mask, scale, span) for step in (0, 1e-4))
+    assert torch.equal(here, there) == rounds
+    none = (None,) * 4
+    assert (
+        forward_derivative(network, (x, sigma, text, mask, scale, span), (None, torch.ones(3), *none)).abs().max() > 1
+    )
 
 
 # The identity.

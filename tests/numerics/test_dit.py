@@ -16,6 +16,7 @@ from piflow_dist.models.architecture import build_student, plan_model
 from piflow_dist.models.dit import DiT
 from piflow_dist.models.heads import VelocityHead
 from piflow_dist.models.pretrained import DiffusersWeights, read_diffusers_config
+from piflow_dist.models.published import read_model
 
 WIDTH, HEADS, CHANNELS, CLASSES = 24, 2, 4, 5
 SHAPE = {
@@ -88,20 +89,21 @@ def test_sit_checkpoints_predict_the_same_velocity(tmp_path: Path, kind: str, ou
         assert off < 1e-4, f"{name}: off by {off:.2g}"
 
 
-def test_matches_diffusers_dit() -> None:
+@pytest.mark.parametrize("norm_eps", [1e-6, 0.1])
+def test_matches_diffusers_dit(norm_eps: float) -> None:
     """diffusers' class has an embedder in every block, of which all but the first norm's are copies, and other frequencies."""
     repair_torchvision()
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
-    theirs = DiTTransformer2DModel(**SHAPE, sample_size=8, norm_eps=1e-6).double().eval()
+    theirs = DiTTransformer2DModel(**SHAPE, sample_size=8, norm_eps=norm_eps).double().eval()
     first = theirs.transformer_blocks[0].norm1.emb
     for block in theirs.transformer_blocks:
         block.norm1.emb = first
     first.time_proj.downscale_freq_shift = 0
     config = ModelConfig(
         architecture="dit", num_layers=2, num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, latent_channels=4,
-        joint_attention_dim=CLASSES + 1, axes_dims_rope=[], time_scale=1000.0,
+        joint_attention_dim=CLASSES + 1, axes_dims_rope=[], time_scale=1000.0, norm_eps=norm_eps,
     )  # fmt: skip
     state = {name.replace("transformer_blocks.0.norm1.emb", "emb"): value for name, value in theirs.named_parameters()}
     views = DiT.from_published(state, config, {})
@@ -112,6 +114,23 @@ def test_matches_diffusers_dit() -> None:
     assert_close(ours(x, sigma, onehot, None), want, rtol=1e-5, atol=1e-6)
     back = {DiT.published_name(n): DiT.to_published(n, v, config) for n, v in ours.state_dict().items()}
     assert back.keys() == state.keys() and all(torch.equal(back[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "says", "norm_eps"),
+    [
+        ("REPA", {}, 1e-6),
+        ("SiT", {}, 1e-6),
+        ("DiTTransformer2DModelMod", {}, 1e-5),
+        ("GMDiTTransformer2DModelV2", {}, 1e-5),
+        ("DiTTransformer2DModelMod", {"norm_eps": 1e-6}, 1e-6),
+    ],
+)
+def test_norm_eps_is_that_of_the_checkpoint(tmp_path: Path, kind: str, says: dict, norm_eps: float) -> None:
+    """As diffusers' class has it, and LakonLab's: 1e-5 where its config.json does not say it."""
+    found = {"_class_name": kind, **SHAPE, **says}
+    config = read_model(tmp_path / "config.json", found)
+    assert config.norm_eps == DiT.shape_json(config)["norm_eps"] == norm_eps
 
 
 def test_dit_xl_has_the_published_size() -> None:

@@ -88,6 +88,20 @@ def test_unknown_keys_groups_and_types(override: str, said: tuple[str, ...]) -> 
 
 
 @pytest.mark.parametrize(
+    ("experiment", "others"), [("demo_meanflow", (1, 2, 8)), ("demo_gmm", (8,)), ("demo_shortcut", ())]
+)
+def test_evaluation_during_training_takes_the_numbers_of_evaluations_that_sampling_takes(
+    experiment: str, others: tuple[int, ...]
+) -> None:
+    for nfe in (1, 2, 4, 8):
+        override = f"evaluation.nfe={nfe}"
+        if nfe in (4, *others):
+            assert load_config([f"experiment={experiment}", override]).evaluation.nfe == nfe
+        else:
+            assert f"{override}: a student of distill.nfe=4" in refused(f"experiment={experiment}", override)
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("objective=distil", "imitation_datafree"),
@@ -129,6 +143,8 @@ def test_unknown_keys_groups_and_types(override: str, said: tuple[str, ...]) -> 
         ("distill.guidance.interval=[0.8,0.2]", "inside [0, 1]"),
         ("distill.guidance.interval=[0.1,0.2,0.3]", "two numbers"),
         ("distill.guidance.orthogonal=2", "[0, 1]"),
+        ("evaluation.guidance_interval=[0.8,0.2]", "inside [0, 1]"),
+        ("evaluation.nfe=0", "greater than zero"),
         ("model.num_layers=0", "greater than zero"),
         ("model.axes_dims_rope=[16,56,54]", "attention_head_dim=128"),
         ("model.axes_dims_rope=[17,55,56]", "even"),

@@ -93,6 +93,10 @@ def test_qwen_codec_normalises_as_diffusers_does(tiny_vae_folder: str) -> None:
     mean, std = np.array([0.1, -0.2, 0.3, 0.0]), np.array([2.0, 1.5, 0.5, 1.0])
     want = (raw_BCFHW[:, :, 0].double() - torch.from_numpy(mean)[:, None, None]) / torch.from_numpy(std)[:, None, None]
     assert_close(latents_BCHW.double(), want, rtol=1e-5, atol=1e-6)
+    drawn_BCHW = codec.encode(images_Bchw, torch.ones_like(latents_BCHW))  # one standard deviation above the mode
+    with torch.no_grad():
+        width_BCHW = codec._vae.encode(images_Bchw[:, :, None]).latent_dist.std[:, :, 0]
+    assert_close(drawn_BCHW - latents_BCHW, (width_BCHW / torch.from_numpy(std)[:, None, None]).float())
     decoded_Bchw = codec.decode(latents_BCHW)
     assert decoded_Bchw.shape == images_Bchw.shape
     with torch.no_grad():

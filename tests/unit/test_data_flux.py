@@ -14,16 +14,20 @@ from tiny_flux import write_tiny_flux, write_tiny_kl
 from torch.testing import assert_close
 
 from data_pipeline.class_labels import ClassLabelEncoder, in_label_order, read_labels
-from data_pipeline.codec import AutoencoderKLCodec, load_codec
+from data_pipeline.codec import AutoencoderKLCodec, BlockCodec, load_codec
 from data_pipeline.compat import repair_torchvision
 from data_pipeline.description import load_description
 from data_pipeline.empty_prompt import read_empty_prompt
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import PrepareConfig, prepare
-from data_pipeline.prompts import load_prompt_encoder
+from data_pipeline.prompts import TokenTableEncoder, load_prompt_encoder
 from data_pipeline.shared import pretrained_codec
 from data_pipeline.stream import LatentStream, read_all
+from data_pipeline.synthetic import write_random_set
 from data_pipeline.t5_clip import T5ClipEncoder
+from piflow_dist.config import ConfigError, load_config
+from piflow_dist.launch.preflight import check_data
+from piflow_dist.sampling.settings import load_dataset
 
 REPO = Path(__file__).parents[2]
 
@@ -114,6 +118,51 @@ def test_sd_vae_is_scaled_and_not_shifted(sd_vae: Path) -> None:
     got_BCHW = AutoencoderKLCodec(sd_vae).encode(images_Bchw)
     assert got_BCHW.shape == (2, 4, 4, 4)
     assert_close(got_BCHW, 0.18215 * mode_BCHW, rtol=1e-4, atol=1e-6)
+
+
+def test_latents_may_be_drawn_from_the_posterior(sd_vae: Path, tmp_path: Path) -> None:
+    """By each image's key: the same in batches and parts of any size, of the posterior's mean and width; and not the modes."""
+    from diffusers import AutoencoderKL
+
+    photos = write_folder(tmp_path / "photos", 12)
+    made = {}
+    for name, posterior, parts in (("one", "sample", 8), ("other", "sample", 3), ("modes", "mode", 8)):
+        config = settings(
+            tmp_path / name, photos, codec="autoencoder_kl", model_path=str(sd_vae), posterior=posterior,
+            samples_per_part=parts, batch_size=parts, resolution=32, bucket_step=16, max_aspect=1,
+        )  # fmt: skip
+        prepare(config, show_progress=False)
+        rows = read_all(tmp_path / name, "train")
+        made[name] = dict(zip(rows["keys"], rows["latents"], strict=True))
+    images = dict(zip(rows["keys"], rows["images"], strict=True))
+    vae, draws = AutoencoderKL.from_pretrained(sd_vae).eval(), []
+    for key, latents_CHW in made["one"].items():
+        assert_close(made["other"][key], latents_CHW, rtol=0, atol=1e-3)  # a network rounds otherwise in other batches
+        with torch.no_grad():
+            posterior = vae.encode(_resized(images[key])).latent_dist
+        draws.append((latents_CHW - made["modes"][key]) / (0.18215 * posterior.std[0]))
+    draws = torch.stack(draws)
+    assert abs(draws.mean()) < 0.1 and 0.9 < draws.std() < 1.1
+    assert (draws[0] - draws[1]).abs().max() > 0.5, "every image has a noise of its own"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"source": "digits"}, "posterior=sample draws latents as they are stored, not with source=digits"),
+        (
+            {"source": "folder", "path": "x", "resolution": 64, "latents": "online"},
+            "not with source=folder and latents=online",
+        ),
+        ({"source": "folder", "path": "x", "resolution": 64}, "codec=block_dct has no posterior"),
+        ({"source": "folder", "path": "x", "resolution": 64, "posterior": "mean"}, "posterior=mean is not known"),
+    ],
+)
+def test_where_there_is_no_posterior(changes: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        PrepareConfig(out="x", **{"posterior": "sample", **changes})
+    with pytest.raises(ValueError, match="no posterior to draw from"):
+        BlockCodec().encode(torch.zeros(1, 1, 8, 8), torch.zeros(1, 16, 2, 2))
 
 
 def test_another_vae_is_refused(tmp_path: Path) -> None:
@@ -214,6 +263,28 @@ def _resized(encoded: bytes) -> torch.Tensor:
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
 
 
+def test_a_model_of_another_pooled_width_is_refused(tmp_path: Path) -> None:
+    """By training and by sampling, before a process is started; a set that does not say its width is taken."""
+    encoder = TokenTableEncoder(["red"], dim=64)
+    encoder.pooled_dim = 16
+    write_random_set(tmp_path / "set", prompts=("red",), encoder=encoder)
+    write_random_set(tmp_path / "older", prompts=("red",), dim=64)
+    run = (
+        "model=flux_tiny",
+        "run_dir=run",
+        "distill.teacher=teacher",
+        "distill.guidance.scale=3.5",
+        "train.batch_size=4",
+    )
+    said = r"holds pooled prompts of width 16, the model wants (model.pooled_projection_dim=)?24"
+    config = load_config([*run, f"data.root={tmp_path / 'set'}"])
+    for check in (check_data, load_dataset):
+        with pytest.raises(ConfigError, match=said):
+            check(config)
+        check(load_config([*run, f"data.root={tmp_path / 'set'}", "model.pooled_projection_dim=16"]))
+        check(load_config([*run, f"data.root={tmp_path / 'older'}"]))
+
+
 def test_flux_from_captions(flux: Path, tmp_path: Path) -> None:
     config = settings(
         tmp_path / "set",
@@ -225,6 +296,7 @@ def test_flux_from_captions(flux: Path, tmp_path: Path) -> None:
     )
     description = prepare(config, show_progress=False)
     assert description.latent_channels == 16 and description.prompt_dim == 24
+    assert description.pooled_dim == load_description(tmp_path / "set").pooled_dim == 16
     batch = LatentStream(tmp_path / "set", "train", batch_size=1, seed=0).next()
     assert batch["prompt_embeds"].shape == (1, 25, 24) and batch["prompt_mask"].all()
     (want_LD,) = load_prompt_encoder(description.prompt_encoder).encode(batch["prompts"])
