@@ -65,7 +65,11 @@ class TrainingEvaluation:
         unique = read_prompts(config, description)
         self.prompts = [prompt for prompt in unique for _ in range(self.settings.images_per_prompt)]
         # Padded over all prompts, so that an image does not depend on its batch. Encoded now: an encoder may be a large model.
-        text_BLD, mask_BL = pad_prompts(load_prompt_encoder(description.prompt_encoder).encode(unique))
+        encoder = load_prompt_encoder(description.prompt_encoder)
+        for prompt in unique:
+            if cut := encoder.cut(prompt):
+                log.warning("evaluation.prompts: prompt %d is cut: %s", unique.index(prompt), cut)
+        text_BLD, mask_BL = pad_prompts(encoder.encode(unique))
         self.text_BLD, self.mask_BL = (
             each.repeat_interleave(self.settings.images_per_prompt, dim=0) for each in (text_BLD, mask_BL)
         )

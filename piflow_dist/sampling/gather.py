@@ -72,13 +72,14 @@ def gather(request: SampleRequest) -> str:
     failed = [line for line in failures.read_failures(out) if line["index"] in absent]
     for temporary in (*out.glob("images/.*.tmp"), *out.glob("latents/.*.tmp")):
         temporary.unlink()
-    write_atomic(out / MANIFEST, "".join(json.dumps(manifest_line(request, image)) + "\n" for image in made))
+    lines = [manifest_line(request, image) for image in made]
+    write_atomic(out / MANIFEST, "".join(json.dumps(line) + "\n" for line in lines))
     if made:
         write_contact_sheet(out, made)
     if failed:
         write_atomic(out / FAILURES, "".join(json.dumps(line) + "\n" for line in failed))
     if len(failed) == len(absent):
-        write_atomic(out / META, json.dumps(describe(request, made, len(failed)), indent=1))
+        write_atomic(out / META, json.dumps(describe(request, lines, len(failed)), indent=1))
     shutil.rmtree(out / failures.FOLDER)
     return complaint(out, len(request.images), failed, len(absent) - len(failed))
 
@@ -98,7 +99,9 @@ def complaint(out: Path, wanted: int, failed: list[dict], lost: int) -> str:
 def manifest_line(request: SampleRequest, image: ImageRequest) -> dict:
     line = {"index": image.index, "prompt_index": image.prompt_index, "seed": image.seed, "prompt": image.prompt}
     line |= {"file": image.file, "width": image.width, "height": image.height}
-    return {**line, "latents": image.latents_file} if request.config.latents else line
+    line |= {"latents": image.latents_file} if request.config.latents else {}
+    cut = info_of(request.out / image.file).get("cut")
+    return {**line, "cut": cut} if cut else line
 
 
 def write_contact_sheet(out: Path, made: list[ImageRequest]) -> None:
@@ -120,22 +123,29 @@ def write_contact_sheet(out: Path, made: list[ImageRequest]) -> None:
         sheet.save(temporary, "PNG")
 
 
-def seconds_of(path: Path) -> float:
-    """An image's share of the time in which it and others, of all processes, were sampled; kept in the image, so that it
-    outlives a killed process, and holds whatever number of processes makes the rest."""
+def info_of(path: Path) -> dict[str, str]:
+    """What was noted in the image as it was made, so that it outlives a killed process."""
     with Image.open(path) as picture:
-        return float(picture.info["seconds"])
+        return picture.info
 
 
-def describe(request: SampleRequest, made: list[ImageRequest], failed: int) -> dict:
+def seconds_of(path: Path) -> float:
+    """An image's share of the time in which it and others, of all processes, were sampled: it holds whatever number of
+    processes makes the rest."""
+    return float(info_of(path)["seconds"])
+
+
+def describe(request: SampleRequest, made: list[dict], failed: int) -> dict:
+    """made: lines of the manifest."""
     config = request.config
     meta = {
         "source": str(request.checkpoint),
         **request.settings(),
         "images": len(made),
         "failed": failed,
+        "cut_prompts": len({line["prompt_index"] for line in made if "cut" in line}),
         "network_evaluations": request.evaluations,
-        "seconds": sum(seconds_of(request.out / image.file) for image in made),
+        "seconds": sum(seconds_of(request.out / line["file"]) for line in made),
         "processes": config.launch.processes,
         "tp": config.parallel.tp,
         "dataset": request.run.data.root,

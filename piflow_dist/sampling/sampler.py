@@ -6,9 +6,11 @@ on its prompt, seed and size, the weights and the settings: not on ranks, batche
 B rows of the network, C latent channels, H W latent size, L text tokens, D width; images are (c, h, w) with their own size.
 """
 
+import logging
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -32,9 +34,12 @@ from piflow_dist.sampling.failures import FailureLog
 from piflow_dist.sampling.gather import check_unchanged
 from piflow_dist.sampling.images import ImageRequest, save_image, to_uint8
 from piflow_dist.sampling.network import load_network
-from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request, downscale
+from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request
+
+log = logging.getLogger(__name__)
 
 NO_ROOM = "the device's memory does not suffice"
+SHOWN_CUTS = 5
 CPU_TOKENS = 1024
 """Tokens of one evaluation on a CPU, about: more rows gain nothing there."""
 
@@ -133,20 +138,19 @@ def sample_or_none(sampler: Sampler, piece: list[ImageRequest]) -> Tensor | None
     return None
 
 
-def load_decoder(request: SampleRequest, device: torch.device) -> Codec:
-    codec = load_codec(request.dataset.codec, device)
-    if codec.downscale != downscale(request.dataset.codec):
-        raise ValueError(
-            f"The codec of {request.dataset.location} has {codec.downscale} pixels a latent pixel, not {downscale(request.dataset.codec)}."
-        )
-    return codec
-
-
 class Saver:
     """Decodes and writes images, the files beside the next evaluation: compressing pixels takes no GPU."""
 
-    def __init__(self, request: SampleRequest, codec: Codec, failures: FailureLog, device: torch.device):
-        self.request, self.codec, self.failures, self.device = request, codec, failures, device
+    def __init__(
+        self,
+        request: SampleRequest,
+        codec: Codec,
+        failures: FailureLog,
+        device: torch.device,
+        cuts: Mapping[str, str],
+    ):
+        """cuts: what was left out of prompts, which their images say too."""
+        self.request, self.codec, self.failures, self.device, self.cuts = request, codec, failures, device, cuts
         self.writer, self.waiting = ThreadPoolExecutor(1), list[Future]()
         self.info = {"source": str(request.checkpoint), **request.settings()}
         self.side_by_side = request.config.launch.processes // request.config.parallel.tp
@@ -169,7 +173,8 @@ class Saver:
                 self.failures.add([image], "its pixels are not finite: the decoder diverges.")
                 continue
             kept = latents_CHW if self.request.config.latents else None
-            file = (self.request.out, image, to_uint8(pixels_chw), kept, info)
+            cut = {"cut": self.cuts[image.prompt]} if image.prompt in self.cuts else {}
+            file = (self.request.out, image, to_uint8(pixels_chw), kept, info | cut)
             self.waiting.append(self.writer.submit(save_image, *file))
 
     def finish(self) -> None:
@@ -202,6 +207,20 @@ def encode_prompts(
     return [image for image in images if image.prompt not in bad]
 
 
+def find_cuts(images: list[ImageRequest], cache: EmbeddingCache, is_main: bool) -> dict[str, str]:
+    """Prompt -> what its encoder left out, of those that are longer than it reads; rank 0 says so before the work begins."""
+    first = {image.prompt: image.prompt_index for image in reversed(images)}
+    cuts = {prompt: cut for prompt in sorted(first, key=first.__getitem__) if (cut := cache.cut(prompt))}
+    if cuts and is_main:
+        shown = "".join(f"\n  prompt {first[prompt]}: {cut}" for prompt, cut in list(cuts.items())[:SHOWN_CUTS])
+        more = "\n  ..." if len(cuts) > SHOWN_CUTS else ""
+        log.warning(
+            "%d of %d prompts are longer than the text encoder reads (each is named as `cut` in manifest.jsonl):%s%s",
+            *(len(cuts), len(first), shown, more),
+        )
+    return cuts
+
+
 def run(request: SampleRequest, topology: Topology, control: Control) -> None:
     """Make the missing images. Ranks agree on what is missing before the first image, so that each makes its own."""
     config, out = request.config, request.out
@@ -213,11 +232,12 @@ def run(request: SampleRequest, topology: Topology, control: Control) -> None:
     images = encode_prompts(request, images, cache, failures, topology, control)
     if not images:
         return
-    codec = load_decoder(request, topology.device)
+    cuts = find_cuts(images, cache, topology.is_main)
+    codec = load_codec(request.dataset.codec, topology.device)
     sampler = Sampler(request, load_network(request, topology), cache, topology.device)
     pieces = sampler.pieces(images)
     mine = pieces[topology.dp_rank :: topology.dp_size]
-    saver = Saver(request, codec, failures, topology.device)
+    saver = Saver(request, codec, failures, topology.device, cuts)
     before = len(request.images) - len(absent)
     with StepProgress(out.name, len(request.images), start=before, every=1) as progress:
         began = time.perf_counter()

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import MISSING
 
+from data_pipeline.codec import downscale_of
 from data_pipeline.description import DatasetDescription, load_description
 from piflow_dist.checkpoint.files import MANIFEST
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
@@ -23,8 +23,6 @@ from piflow_dist.models.pretrained import DiffusersWeights, check_trained_on, di
 from piflow_dist.sampling.images import ImageRequest, list_images, read_prompts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VAE_DOWNSCALE = 8
-"""Image pixels per latent pixel of every VAE that is known here; the sampler checks it when it has loaded one."""
 
 
 @dataclass(kw_only=True)
@@ -188,7 +186,7 @@ class SampleRequest:
         return DTYPES[self.dtype]
 
     def latent_shape(self, image: ImageRequest) -> tuple[int, int, int]:
-        edge = downscale(self.dataset.codec)
+        edge = downscale_of(self.dataset.codec)
         return self.run.model.latent_channels, image.height // edge, image.width // edge
 
     def schedule(self, image: ImageRequest) -> FlowSchedule:
@@ -236,11 +234,6 @@ def seeds_of(config: SampleConfig) -> list[int]:
     if config.seeds is not None:
         return list(config.seeds)
     return list(range(config.seed, config.seed + config.images_per_prompt))
-
-
-def downscale(codec: Mapping[str, Any]) -> int:
-    """Image pixels per latent pixel of a codec that is not loaded."""
-    return codec["block"] if codec["kind"] == "block_dct" else VAE_DOWNSCALE
 
 
 def build_request(config: SampleConfig) -> SampleRequest:
@@ -329,6 +322,7 @@ def load_dataset(run: Config) -> DatasetDescription:
     """What is known of the data whose codec and prompts are used. Raises ConfigError where it does not fit the model."""
     try:
         found = load_description(run.data.root)
+        downscale_of(found.codec)  # whose VAE may have moved
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"dataset={run.data.root}: {error}") from error
     for what, theirs, ours in (
@@ -353,11 +347,11 @@ def usual_size(config: SampleConfig, dataset: DatasetDescription) -> tuple[int, 
     if config.height is not None:
         return config.height, config.width
     _, height, width = dataset.typical_shape
-    return height * downscale(dataset.codec), width * downscale(dataset.codec)
+    return height * downscale_of(dataset.codec), width * downscale_of(dataset.codec)
 
 
 def check_size(image: ImageRequest, dataset: DatasetDescription) -> None:
-    step = downscale(dataset.codec) * PATCH
+    step = downscale_of(dataset.codec) * PATCH
     for name in ("height", "width"):
         value = getattr(image, name)
         require(
