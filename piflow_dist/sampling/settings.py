@@ -79,6 +79,8 @@ class SampleConfig:
     """Shift of the noise schedule; default: as trained, for each image's own size where that is dynamic."""
     ema: bool = True
     """Averaged weights, or the raw ones."""
+    merge: bool = False
+    """Merge a tied student's adapters into its weights as they are read: less arithmetic; in bf16 the weights are rounded once more."""
     dtype: str | None = None
     """fp32 or bf16; default: as trained, fp32 for exported folders."""
     batch_size: int = 64
@@ -132,7 +134,7 @@ class SampleConfig:
         return Path(self.embeddings) if self.embeddings is not None else Path(self.out).parent / ".embeddings"
 
 
-ONLY_OF = {"teacher": ("steps", "guidance"), "student": ("nfe", "temperature", "h", "substeps")}
+ONLY_OF = {"teacher": ("steps", "guidance"), "student": ("nfe", "temperature", "h", "substeps", "merge")}
 """Keys that mean something for one kind of source."""
 
 
@@ -207,7 +209,7 @@ class SampleRequest:
         if self.kind == "teacher":
             return common | {"steps": config.steps, "guidance": config.guidance}
         sampler = {"temperature": self.temperature, "h": f"{float(config.h):g}", "substeps": config.substeps}
-        return common | {"nfe": self.evaluations, **sampler}
+        return common | {"nfe": self.evaluations, **sampler, "merge": config.merge}
 
     def identity(self) -> dict[str, Any]:
         """Everything the images of the folder depend on, whole models by their hash."""
@@ -280,6 +282,10 @@ def refuse_idle_keys(config: SampleConfig, run: Config) -> None:
     require(
         kind == "teacher" or run.policy.type == "gmflow" or config.shift is None,
         f"shift={config.shift}: a DX policy's outputs stand for points in time that its own shift places. Leave it out.",
+    )
+    require(
+        not config.merge or run.mode == "tied",
+        f"merge=true: source={config.source} has no adapters (mode={run.mode}). Leave it out.",
     )
     require(
         not config.mlflow or diffusers_folder(str(config.source)) is None,

@@ -456,6 +456,7 @@ def test_overwrite_makes_them_again(student_images: Path, student_run: Path, tmp
         ("temperature=warm", ("temperature=warm is not a number",)),
         ("steps=8", ("steps=8 is for teachers", "is a student", "nfe, temperature, h, substeps")),
         ("guidance=2", ("guidance=2.0 is for teachers",)),
+        ("merge=true", ("merge=true", "has no adapters (mode=full)")),
         ("h=-1", ("h=-1", "0 (ODE) or more")),
         ("images_per_prompt=0", ("images_per_prompt",)),
         ("seeds=[1,2]", ("give seeds alone",)),
