@@ -1,19 +1,24 @@
 """The folder of a sampling request: made fit before the processes start, and finished with what is known of the whole."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 from PIL import Image
 
-from piflow_dist.checkpoint.files import write_atomic
+from piflow_dist.checkpoint.files import read_json, write_atomic
 from piflow_dist.config import ConfigError
 from piflow_dist.sampling import failures
 from piflow_dist.sampling.images import ImageRequest, replacing
 from piflow_dist.sampling.settings import SampleRequest
 
+log = logging.getLogger(__name__)
+
 REQUEST, META, MANIFEST = "request.json", "meta.json", "manifest.jsonl"
 FAILURES, CONTACT_SHEET = "failures.jsonl", "contact_sheet.png"
+HASHED = {"images_sha256": "prompts, seeds or sizes", "weights_sha256": "weights of the source"}
+"""Keys of request.json whose values tell people nothing."""
 SHEET_IMAGES, SHEET_COLUMNS, TILE = 64, 8, (64, 256)
 
 
@@ -25,9 +30,11 @@ def prepare_folder(request: SampleRequest) -> bool:
     out, identity = request.out, request.identity()
     path = out / REQUEST
     if path.exists():
-        found = json.loads(path.read_text())
-        changed = [f"{key}: {found.get(key)} -> {value}" for key, value in identity.items() if found.get(key) != value]
-        if not changed and (out / META).exists() and not (out / FAILURES).exists() and not request.missing():
+        found = read_json(path)
+        changed = [
+            describe_change(key, found.get(key), value) for key, value in identity.items() if found.get(key) != value
+        ]
+        if not changed and is_finished(out) and not request.missing():
             return True
         if changed and not request.config.overwrite:
             raise ConfigError(
@@ -50,10 +57,19 @@ def prepare_folder(request: SampleRequest) -> bool:
     return False
 
 
+def describe_change(key: str, old: object, new: object) -> str:
+    return f"{HASHED[key]} changed" if key in HASHED else f"{key}: {old} -> {new}"
+
+
+def is_finished(out: Path) -> bool:
+    """Whether `gather` has found every image there, and nobody has removed what it wrote."""
+    return all((out / name).exists() for name in (META, MANIFEST, CONTACT_SHEET)) and not (out / FAILURES).exists()
+
+
 def check_unchanged(request: SampleRequest) -> None:
     """Raise ConfigError where what was read later is not what the folder was prepared for: images would go under wrong prompts."""
-    found = json.loads((request.out / REQUEST).read_text())
-    changed = [key for key, value in request.identity().items() if found.get(key) != value]
+    found = read_json(request.out / REQUEST)
+    changed = [HASHED.get(key, key) for key, value in request.identity().items() if found.get(key) != value]
     if changed:
         raise ConfigError(
             f"out={request.out}: {', '.join(changed)} changed since the folder was prepared. Put back what was changed, or "
@@ -67,6 +83,10 @@ def gather(request: SampleRequest) -> str:
     Returns what went wrong in words for people, empty where every image is there.
     """
     out = request.out
+    for place, image in enumerate(request.images):
+        if (out / image.file).exists() and not is_readable(out / image.file, place < SHEET_IMAGES):
+            log.warning("%s is damaged, and removed: it counts as missing.", out / image.file)
+            (out / image.file).unlink()
     absent = {image.index for image in request.missing()}
     made = [image for image in request.images if image.index not in absent]
     failed = [line for line in failures.read_failures(out) if line["index"] in absent]
@@ -121,6 +141,17 @@ def write_contact_sheet(out: Path, made: list[ImageRequest]) -> None:
         sheet.paste(small, (place % columns * tile, place // columns * tile))
     with replacing(out / CONTACT_SHEET) as temporary:
         sheet.save(temporary, "PNG")
+
+
+def is_readable(path: Path, pixels: bool) -> bool:
+    """By its header, or by all of it."""
+    try:
+        with Image.open(path) as picture:
+            if pixels:
+                picture.load()
+    except (OSError, SyntaxError, ValueError):  # what Pillow says of damaged files
+        return False
+    return True
 
 
 def info_of(path: Path) -> dict[str, str]:

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 NO_ROOM = "the device's memory does not suffice"
 SHOWN_CUTS = 5
+LIVE, PLAIN = 0.5, 10.0
+"""Seconds between two looks at how many images there are: for a bar on a terminal, and for lines in a log."""
 CPU_TOKENS = 1024
 """Tokens of one evaluation on a CPU, about: more rows gain nothing there."""
 
@@ -240,7 +242,7 @@ def run(request: SampleRequest, topology: Topology, control: Control) -> None:
     saver = Saver(request, codec, failures, topology.device, cuts)
     before = len(request.images) - len(absent)
     with StepProgress(out.name, len(request.images), start=before, every=1) as progress:
-        began = time.perf_counter()
+        began = due = time.perf_counter()
         waiting = mine[::-1]
         while waiting:
             piece, start = waiting.pop(), time.perf_counter()
@@ -256,9 +258,11 @@ def run(request: SampleRequest, topology: Topology, control: Control) -> None:
                 continue
             if topology.tp_rank == 0:
                 saver.save(piece, latents_nCHW, time.perf_counter() - start)
-            if topology.is_main:
+            if topology.is_main and time.perf_counter() > due:
+                due = time.perf_counter() + (LIVE if progress.bar else PLAIN)
                 done = count_whole(out)  # of all ranks
-                progress.update(done, f"{(done - before) / (time.perf_counter() - began):.3g} images/s")
+                rate = (done - before) / (time.perf_counter() - began)
+                progress.update(done, f"{rate:.3g} images/s" if rate else "")
         if config.parallel.shard_base and len(mine) < -(-len(pieces) // topology.dp_size):
             sampler.sample(pieces[-1])  # the others need this rank's part of every layer once more
         saver.finish()

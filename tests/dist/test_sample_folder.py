@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.codec import load_codec
-from piflow_dist.checkpoint.files import newest_complete
+from piflow_dist.checkpoint.files import CheckpointError, newest_complete
 from piflow_dist.config import ConfigError, load_config, read_config
 from piflow_dist.launch import batch
 from piflow_dist.launch.exits import FAILED, REFUSED
@@ -18,6 +18,7 @@ from piflow_dist.sampling import embeddings
 from piflow_dist.sampling.embeddings import EmbeddingCache
 from piflow_dist.sampling.failures import FailureLog
 from piflow_dist.sampling.gather import check_unchanged, gather, prepare_folder
+from piflow_dist.sampling.images import save_image
 from piflow_dist.sampling.run import lock_of, open_request, write_settings
 from piflow_dist.sampling.sampler import Saver, find_cuts
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request
@@ -47,7 +48,7 @@ def test_what_changed_since_the_folder_was_prepared_is_refused(student_run: Path
     prepare_folder(request)
     settings = write_settings(request)
     (tmp_path / "out" / "prompts.jsonl").write_text('{"prompt": "a triangle"}\n')
-    with pytest.raises(ConfigError, match="images, images_sha256 changed"):
+    with pytest.raises(ConfigError, match="images, prompts, seeds or sizes changed"):
         check_unchanged(build_request(read_config(settings, SampleConfig)))
 
 
@@ -75,7 +76,7 @@ def test_what_is_begun_goes_on_with_its_checkpoint(
     again = opened("overwrite=true")
     assert again.checkpoint == request.checkpoint and not again.config.overwrite
     shutil.rmtree(request.checkpoint)
-    with pytest.raises(ConfigError, match="weights_sha256"):
+    with pytest.raises(ConfigError, match="weights of the source changed"):
         prepare_folder(opened("overwrite=true"))
 
 
@@ -130,3 +131,38 @@ def test_a_prompt_longer_than_its_encoder_reads_is_named(
     lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert [line.get("cut") for line in lines] == [None, None, "cut!", "cut!", None, None]
     assert json.loads((out / "meta.json").read_text())["cut_prompts"] == 1
+
+
+def test_what_a_bad_disk_leaves_of_a_folder_is_made_again(
+    student_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    request = request_for(student_run, out, "latents=false")
+    pixels_chw, info = torch.zeros(1, 16, 16, dtype=torch.uint8), {"seconds": 1.0}
+
+    def make_all() -> str:
+        for image in request.missing():
+            save_image(out, image, pixels_chw, None, info)
+        return gather(request)
+
+    prepare_folder(request)
+    assert make_all() == "" and prepare_folder(request)
+    for lost in ("manifest.jsonl", "contact_sheet.png", "meta.json"):
+        (out / lost).unlink()
+        assert not prepare_folder(request)  # there is something to do
+        assert make_all() == "" and prepare_folder(request)
+    (out / "meta.json").unlink()
+    prepare_folder(request)
+    damaged = out / request.images[1].file
+    damaged.write_bytes(damaged.read_bytes()[:60] + damaged.read_bytes()[-20:])  # both ends are those of a PNG
+    assert "1 of 3 images are not in" in gather(request) and f"{damaged} is damaged" in caplog.text
+    assert not prepare_folder(request)
+    assert make_all() == "" and len((out / "manifest.jsonl").read_text().splitlines()) == 3
+    for name, words in (("request.json", "not readable JSON"), ("settings.yaml", "Remove it to go on")):
+        write_settings(request)
+        (out / "meta.json").unlink(missing_ok=True)
+        (out / name).write_text("{")
+        with pytest.raises((CheckpointError, ConfigError), match=words):
+            open_request(request.config)
+        shutil.rmtree(out)
+        prepare_folder(request)
