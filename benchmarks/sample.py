@@ -23,7 +23,7 @@ from torch import Tensor
 from data_pipeline.codec import load_codec
 from piflow_dist.cli import run_tool
 from piflow_dist.config import Config, load_config, require, require_positive
-from piflow_dist.models.qwen_image import plan_model, plan_student, plan_tied
+from piflow_dist.models.architecture import plan_model, plan_student, plan_tied
 from piflow_dist.parallel.loading import load_slices
 from piflow_dist.parallel.topology import Topology, choose_device
 from piflow_dist.sampling.failures import FailureLog
@@ -163,14 +163,16 @@ def report(
         + "".join(f"{part:>22}" for part in parts)
         + "   (share of seconds)"
     )
-    rates = {}
+    rates, outside = {}, {}
     for name, found in seconds.items():
         whole = sum(found.values())
         rates[name] = bench.images / whole
         shares = "".join(f"{found[part] / whole:22.2%}" for part in parts)
         print(f"{name:10}{contestants[name].request.evaluations:12}{rates[name]:12.4f}{shares}")
+        outside[name] = 1 - found["network"] / whole
     limit = contestants["teacher"].request.evaluations / contestants["student"].request.evaluations
     print(f"student / teacher: {rates['student'] / rates['teacher']:.2f} x the images per second, limit {limit:g}")
+    print(f"outside the network: student {outside['student']:.2%}, teacher {outside['teacher']:.2%}")
 
 
 if __name__ == "__main__":
