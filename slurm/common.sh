@@ -87,7 +87,7 @@ everywhere() {
 # resumable COMMAND ...: work that a second run continues. Before the time limit (--signal=B:USR1@60) the job is requeued.
 resumable() {
     local code
-    trap 'echo "The time limit is near: job $SLURM_JOB_ID goes back to the queue." >&2; scontrol requeue "$SLURM_JOB_ID"' USR1
+    trap 'echo "The time limit is near: job $SLURM_JOB_ID is put back into the queue." >&2; scontrol requeue "$SLURM_JOB_ID"' USR1
     "$@" &
     wait $!
     code=$?

@@ -138,7 +138,7 @@ def test_sampling_goes_on_after_the_time_limit_and_has_its_folder_alone(
     assert f"out={out} is in use by job {job} (pending). Wait for it" in refused
     slurm.start_now(job)
     slurm.wait_for_state(job, "COMPLETED", "FAILED")
-    assert f"The time limit is near: job {job} goes back to the queue." in log.read_text()
+    assert f"The time limit is near: job {job} is put back into the queue." in log.read_text()
     assert log.read_text().rstrip().endswith(f"{out}: 180 images.") and before.items() <= images().items()
 
 
