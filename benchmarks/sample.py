@@ -20,14 +20,15 @@ from meter import Meter
 from step import EMPTY_PROMPT, RandomWeights
 from torch import Tensor
 
+from data_pipeline.codec import load_codec
 from piflow_dist.cli import run_tool
 from piflow_dist.config import Config, load_config, require, require_positive
-from piflow_dist.models.qwen_image import plan_model, plan_student, plan_tied
+from piflow_dist.models.architecture import plan_model, plan_student, plan_tied
 from piflow_dist.parallel.loading import load_slices
 from piflow_dist.parallel.topology import Topology, choose_device
 from piflow_dist.sampling.failures import FailureLog
 from piflow_dist.sampling.images import list_images
-from piflow_dist.sampling.sampler import Sampler, Saver, load_decoder
+from piflow_dist.sampling.sampler import Sampler, Saver
 from piflow_dist.sampling.settings import DTYPES, SampleConfig, SampleRequest
 
 CODEC = {"kind": "block_dct", "image_channels": 1, "block": 4, "scale": 1.0}
@@ -107,7 +108,7 @@ class Contestant:
         self.sampler = Sampler(request, meter.wrap("network", module), RandomEmbeddings(config), device)
         for folder in ("images", "latents", "failures"):
             (request.out / folder).mkdir(parents=True, exist_ok=True)
-        self.saver = Saver(request, load_decoder(request, device), FailureLog(request.out, 0), device)
+        self.saver = Saver(request, load_codec(CODEC, device), FailureLog(request.out, 0), device, {})
 
     def batch(self) -> None:
         for piece in self.sampler.pieces(self.request.images):
@@ -162,14 +163,16 @@ def report(
         + "".join(f"{part:>22}" for part in parts)
         + "   (share of seconds)"
     )
-    rates = {}
+    rates, outside = {}, {}
     for name, found in seconds.items():
         whole = sum(found.values())
         rates[name] = bench.images / whole
         shares = "".join(f"{found[part] / whole:22.2%}" for part in parts)
         print(f"{name:10}{contestants[name].request.evaluations:12}{rates[name]:12.4f}{shares}")
+        outside[name] = 1 - found["network"] / whole
     limit = contestants["teacher"].request.evaluations / contestants["student"].request.evaluations
     print(f"student / teacher: {rates['student'] / rates['teacher']:.2f} x the images per second, limit {limit:g}")
+    print(f"outside the network: student {outside['student']:.2%}, teacher {outside['teacher']:.2%}")
 
 
 if __name__ == "__main__":

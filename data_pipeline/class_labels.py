@@ -35,6 +35,9 @@ class ClassLabelEncoder:
         labels = torch.tensor([self.label(prompt) for prompt in prompts])
         return list(torch.nn.functional.one_hot(labels, self.dim).float().unsqueeze(1)) if prompts else []
 
+    def cut(self, prompt: str) -> str:
+        return ""
+
     def label(self, prompt: str) -> int:
         """Raises ValueError for what names no class, or several."""
         label = self._label_of.get(prompt, -1)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.compat import repair_torchvision
+from data_pipeline.pretrained import loading
 
 SAMPLED_BLOCKS, BLOCK_BYTES = 16, 1 << 16
 PIXELS_AT_ONCE = 4 << 20
@@ -101,19 +103,13 @@ class QwenImageCodec:
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
-        folder = Path(path) / "vae"
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"No VAE in {folder} (config.json is missing). Give the path of a local Qwen-Image model."
-            )
+        folder = qwen_vae_folder(path)
         repair_torchvision()
         from diffusers import AutoencoderKLQwenImage
 
         self._path, self._dtype, self._weights = str(path), dtype, vae_fingerprint(folder)
-        vae = AutoencoderKLQwenImage.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-        self._vae = vae.to(device).eval().requires_grad_(False)
+        vae = AutoencoderKLQwenImage.from_pretrained(folder, **loading(dtype, device))
+        self._vae = vae.eval().requires_grad_(False)
         self.image_channels = vae.config.input_channels
         self.latent_channels = vae.config.z_dim
         self.downscale = vae.spatial_compression_ratio
@@ -146,12 +142,7 @@ class AutoencoderKLCodec:
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
-        folder = next((place for place in (Path(path) / "vae", Path(path)) if (place / "config.json").is_file()), None)
-        if folder is None:
-            raise FileNotFoundError(
-                f"No VAE in {path} or its vae/ (config.json is missing). Give the path of a local model with an "
-                "AutoencoderKL, such as FLUX.1-dev or sd-vae-ft-ema."
-            )
+        folder = kl_vae_folder(path)
         repair_torchvision()
         from diffusers import AutoencoderKL
 
@@ -159,10 +150,10 @@ class AutoencoderKLCodec:
         if kind != "AutoencoderKL":
             raise ValueError(f"{folder} holds a {kind}, not an AutoencoderKL. Choose the codec made for it.")
         self._path, self._dtype, self._weights = str(path), dtype, vae_fingerprint(folder)
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(folder, **loading(dtype, device))
         if vae.config.latents_mean is not None or vae.config.latents_std is not None:
             raise ValueError(f"{folder} normalises channel by channel (latents_mean), which this codec does not.")
-        self._vae = vae.to(device).eval().requires_grad_(False)
+        self._vae = vae.eval().requires_grad_(False)
         self.image_channels = vae.config.in_channels
         self.latent_channels = vae.config.latent_channels
         self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -201,6 +192,35 @@ def posterior_noise(keys: Sequence[str], shape: tuple[int, int, int]) -> Tensor:
     digests = (hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest() for key in keys)
     generators = [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def qwen_vae_folder(path: str | Path) -> Path:
+    folder = Path(path) / "vae"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"No VAE in {folder} (config.json is missing). Give the path of a local Qwen-Image model."
+        )
+    return folder
+
+
+def kl_vae_folder(path: str | Path) -> Path:
+    folder = next((place for place in (Path(path) / "vae", Path(path)) if (place / "config.json").is_file()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"No VAE in {path} or its vae/ (config.json is missing). Give the path of a local model with an "
+            "AutoencoderKL, such as FLUX.1-dev or sd-vae-ft-ema."
+        )
+    return folder
+
+
+@cache
+def vae_downscale(kind: str, path: str) -> int:
+    """Image pixels per latent pixel of a VAE that is not loaded, by its config.json (a missing key: diffusers' default)."""
+    if kind == "qwen_image_vae":
+        config = json.loads((qwen_vae_folder(path) / "config.json").read_text())
+        return 2 ** len(config.get("temperal_downsample", (False, True, True)))
+    config = json.loads((kl_vae_folder(path) / "config.json").read_text())
+    return 2 ** (len(config.get("block_out_channels", (64,))) - 1)
 
 
 def tile_where_large(vae: Any, pixels: int) -> None:
@@ -250,6 +270,13 @@ def load_codec(description: Mapping[str, Any], device: str | torch.device = "cpu
             f"({wanted[:12]}). Put that one back in its place."
         )
     return codec
+
+
+def downscale_of(description: Mapping[str, Any]) -> int:
+    """`downscale` of the codec that `describe()` described, which is not loaded. Raises FileNotFoundError where its VAE is gone."""
+    if description["kind"] == "block_dct":
+        return description["block"]
+    return vae_downscale(description["kind"], description["path"])
 
 
 def _cosine_basis(n: int) -> Tensor:

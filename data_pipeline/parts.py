@@ -31,6 +31,7 @@ from data_pipeline.prompts import PromptEncoder
 from data_pipeline.reading import ReadSample, SampleReader
 from data_pipeline.screen import Unusable
 from data_pipeline.staging import sync_tree
+from data_pipeline.token_limit import CUT
 from data_pipeline.writing import SplitWriter, in_batches
 
 REPORT = "report.json"
@@ -124,8 +125,8 @@ class PartReport:
     def drop(self, key: str, reason: str, detail: str) -> None:
         self.left_out.append((key, reason, detail))
 
-    def keep(self, sample: ReadSample) -> None:
-        self.changed.update(sample.notes)
+    def keep(self, sample: ReadSample, cut: str) -> None:
+        self.changed.update([*sample.notes, *([CUT] if cut else [])])
         if len(self.captions) <= MOST_LISTED_PROMPTS:
             self.captions.add(sample.caption)
         for content in (sample.key.encode("utf-8", "surrogateescape"), sample.caption.encode(), sample.encoded):
@@ -185,7 +186,7 @@ def _make_part(folder: Path, items: Iterable[Item], shop: Workshop, advance: Cal
         else:
             writer.write_without_latents(whole, shop.latent_shape(bucket))
         for sample in whole:
-            report.keep(sample)
+            report.keep(sample, shop.prompt_encoder.cut(sample.caption))
 
     with ThreadPoolExecutor(config.threads) as pool:
         for batch in in_batches(items, at_once):
@@ -198,7 +199,7 @@ def _make_part(folder: Path, items: Iterable[Item], shop: Workshop, advance: Cal
             if not config.has_images():
                 writer.write_without_latents(samples, shop.prompt_shape)
                 for sample in samples:
-                    report.keep(sample)
+                    report.keep(sample, shop.prompt_encoder.cut(sample.caption))
             for sample in samples if config.has_images() else ():
                 bucket = nearest_bucket(sample.size, shop.buckets)
                 waiting.setdefault(bucket, []).append(sample)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from data_pipeline.class_labels import ClassLabelEncoder
 from data_pipeline.compat import repair_torchvision
+from data_pipeline.pretrained import loading
 from data_pipeline.t5_clip import T5ClipEncoder
+from data_pipeline.token_limit import describe_cut
 
 
 class PromptEncoder(Protocol):
@@ -20,6 +22,10 @@ class PromptEncoder(Protocol):
 
     def encode(self, prompts: list[str]) -> list[Tensor]:
         """One (L_i, D) float32 tensor per prompt, on the CPU. "" is the unconditional prompt."""
+        ...
+
+    def cut(self, prompt: str) -> str:
+        """In words, what `encode` leaves out of a prompt that is longer than the encoder reads; "" where it reads all."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -49,6 +55,9 @@ class TokenTableEncoder:
 
     def encode(self, prompts: list[str]) -> list[Tensor]:
         return [self._table_VD[self._rows(prompt)] for prompt in prompts]
+
+    def cut(self, prompt: str) -> str:
+        return ""
 
     def _rows(self, prompt: str) -> list[int]:
         rows = [0]
@@ -100,10 +109,10 @@ class QwenPromptEncoder:
         self._path, self._dtype, self._device, self._max_tokens = str(path), dtype, device, max_tokens
         self._tokenizer = AutoTokenizer.from_pretrained(Path(path) / "tokenizer", local_files_only=True)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            Path(path) / "text_encoder", torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            Path(path) / "text_encoder", **loading(dtype, device)
         )
         # The inner model ends at the hidden states: no 152k-wide vocabulary logits for every token.
-        self._model = model.model.to(device).eval().requires_grad_(False)
+        self._model = model.model.eval().requires_grad_(False)
         self.dim = model.config.get_text_config().hidden_size
 
     def encode(self, prompts: list[str]) -> list[Tensor]:
@@ -126,6 +135,16 @@ class QwenPromptEncoder:
             hidden_LD[mask_L.bool()][QWEN_TEMPLATE_TOKENS:].cpu()
             for hidden_LD, mask_L in zip(hidden_BLD, tokens.attention_mask, strict=True)
         ]
+
+    def cut(self, prompt: str) -> str:
+        text, start = QWEN_TEMPLATE.format(prompt), QWEN_TEMPLATE.index("{}")
+        offsets = self._tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping
+        places = [begin - start for begin, _ in offsets]
+        beyond = [place for place in places[self._max_tokens + QWEN_TEMPLATE_TOKENS :] if place < len(prompt)]
+        if not beyond:  # the template's own end may be: no word is lost with it
+            return ""
+        tokens = sum(0 <= place < len(prompt) for place in places)
+        return describe_cut("Qwen2.5-VL", tokens, tokens - len(beyond), prompt[beyond[0] :])
 
     def describe(self) -> dict[str, Any]:
         dtype = str(self._dtype).removeprefix("torch.")

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.compat import repair_torchvision
+from data_pipeline.pretrained import loading
+from data_pipeline.token_limit import describe_cut
 
 PROMPTS_AT_ONCE = 16
 
@@ -38,11 +40,10 @@ class T5ClipEncoder:
         # The pipeline's own classes: AutoTokenizer would take CLIP's fast tokenizer, which splits some texts otherwise.
         self._clip_tokenizer = CLIPTokenizer.from_pretrained(Path(path) / "tokenizer", local_files_only=True)
         self._t5_tokenizer = T5TokenizerFast.from_pretrained(Path(path) / "tokenizer_2", local_files_only=True)
-        weights = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
-        clip = CLIPTextModel.from_pretrained(Path(path) / "text_encoder", **weights)
-        t5 = T5EncoderModel.from_pretrained(Path(path) / "text_encoder_2", **weights)
-        self._clip = clip.to(device).eval().requires_grad_(False)
-        self._t5 = t5.to(device).eval().requires_grad_(False)
+        clip = CLIPTextModel.from_pretrained(Path(path) / "text_encoder", **loading(dtype, device))
+        t5 = T5EncoderModel.from_pretrained(Path(path) / "text_encoder_2", **loading(dtype, device))
+        self._clip = clip.eval().requires_grad_(False)
+        self._t5 = t5.eval().requires_grad_(False)
         self.dim, self.pooled_dim = t5.config.d_model, clip.config.hidden_size
         if self.pooled_dim > self.dim:
             raise ValueError(
@@ -63,6 +64,17 @@ class T5ClipEncoder:
     def _tokens(self, tokenizer: Any, prompts: list[str], length: int) -> Tensor:
         tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return tokens.input_ids.to(self._device)
+
+    def cut(self, prompt: str) -> str:
+        found = self._t5_tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+        tokens, limit, reasons = len(found.input_ids) - 1, self._max_tokens - 1, []  # without the mark of the end
+        if tokens > limit:
+            reasons.append(describe_cut("T5", tokens, limit, prompt[found.offset_mapping[limit][0] :]))
+        ids = self._clip_tokenizer(prompt, verbose=False).input_ids[1:-1]
+        limit = self._clip_tokenizer.model_max_length - 2
+        if len(ids) > limit:  # this tokenizer knows no places
+            reasons.append(describe_cut("CLIP", len(ids), limit, self._clip_tokenizer.decode(ids[limit:])))
+        return "; ".join(reasons)
 
     def describe(self) -> dict[str, Any]:
         dtype = str(self._dtype).removeprefix("torch.")

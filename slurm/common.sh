@@ -86,9 +86,15 @@ everywhere() {
 
 # resumable COMMAND ...: work that a second run continues. Before the time limit (--signal=B:USR1@60) the job is requeued.
 resumable() {
-    trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+    local code
+    trap 'echo "The time limit is near: job $SLURM_JOB_ID is put back into the queue." >&2; scontrol requeue "$SLURM_JOB_ID"' USR1
     "$@" &
     wait $!
+    code=$?
+    if [ $code != 0 ] && is_current; then
+        echo "Ended with exit code $code. What is finished is kept: submit the same command again for the rest." >&2
+    fi
+    return $code
 }
 
 # claim RUN_DIR: end here where a local run or another job trains in this folder.

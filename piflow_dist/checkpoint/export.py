@@ -21,6 +21,7 @@ from piflow_dist.checkpoint.streaming import Spec, TensorFile, byte_size, new_fo
 from piflow_dist.config import Config, ConfigError, config_values, require, require_choice
 from piflow_dist.models.adapters import RECIPE, weights_likeness
 from piflow_dist.models.architecture import architecture, plan_model
+from piflow_dist.models.lora import MergedWeights
 from piflow_dist.models.pretrained import INDEX, SINGLE, open_teacher
 from piflow_dist.models.published import POLICY, model_json, policy_json
 from piflow_dist.models.weights import WeightSource
@@ -150,24 +151,18 @@ def published(run: Config, name: str, shape: tuple[int, ...], read: Callable[[],
 
 def merged_entries(run: Config, trained: CheckpointWeights, base: WeightSource | None) -> list[Entry]:
     """All weights of the whole transformer; of layers with adapters W + alpha/rank B A, in fp32."""
-    shapes, scale = trained.shapes(), run.lora.alpha / run.lora.rank
-    below = set() if base is None else set(base.shapes())
+    scale = run.lora.alpha / run.lora.rank
+    source: WeightSource = trained if base is None else MergedWeights(trained, base, scale)
+    found, model = source.shapes(), plan_model(run.model, run.policy if run.distils else None)
 
     def reader(name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-        layer = name.removesuffix(".weight")
-        down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-        if down in shapes:
-            return lambda: base.view(name)[:].float().addmm(trained.view(up), trained.view(down), alpha=scale)
-        if name in shapes:
-            return lambda: trained.view(name)
-        if name in below:
-            return lambda: base.view(name)[:]
+        if name in found:
+            return lambda: source.view(name)[:]
         return lambda: torch.zeros(shape)  # the last block's text branch, which nothing reads and nobody trained
 
-    model = plan_model(run.model, run.policy if run.distils else None)
-    lost = [n for n, _ in model.named_parameters() if n not in shapes and n not in below and n not in model.unread]
+    lost = [name for name, _ in model.named_parameters() if name not in found and name not in model.unread]
     if lost:
-        raise CheckpointError(f"{trained.origin} has no {', '.join(lost[:8])}.")
+        raise CheckpointError(f"{source.origin} has no {', '.join(lost[:8])}.")
     return [published(run, name, tuple(p.shape), reader(name, tuple(p.shape))) for name, p in model.named_parameters()]
 
 

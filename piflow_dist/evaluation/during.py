@@ -229,7 +229,11 @@ def encode(prompts: list[str], description: DatasetDescription, topology: Topolo
     """(text, mask), on the CPU of every rank, padded over all prompts, so that an image does not depend on its batch."""
     told: list[Any] = [None]
     if topology.is_main:
-        told = [pad_prompts(load_prompt_encoder(description.prompt_encoder).encode(prompts))]
+        encoder = load_prompt_encoder(description.prompt_encoder)
+        for index, prompt in enumerate(prompts):
+            if cut := encoder.cut(prompt):
+                log.warning("evaluation.prompts: prompt %d is cut: %s", index, cut)
+        told = [pad_prompts(encoder.encode(prompts))]
     dist.broadcast_object_list(told, src=0, device=topology.device)
     text_BLD, mask_BL = told[0]
     return text_BLD.cpu(), mask_BL.cpu()

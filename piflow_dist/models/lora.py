@@ -6,12 +6,17 @@ B batch, S tokens, R rank.
 
 import hashlib
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from piflow_dist.config import ConfigError, LoraConfig
+from piflow_dist.models.weights import View, WeightSource, shape_of
+
+BLOCK = 256
+"""Rows of a merged weight that are made at once."""
 
 
 class LoraLinear(nn.Module):
@@ -111,3 +116,48 @@ class InitialAdapters:
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
             weight.normal_(std=1 / weight.shape[0], generator=generator)
         return weight
+
+
+class MergedWeights:
+    """Weights of a tied student as of a plain one: W + alpha/R B A in fp32 where `trained` has adapters, elsewhere its own or the base's.
+
+    scale: alpha/R. device: where the products are made.
+    """
+
+    def __init__(self, trained: WeightSource, base: WeightSource, scale: float, device: torch.device | str = "cpu"):
+        self.trained, self.base, self.scale, self.device = trained, base, scale, device
+        self.origin = f"{trained.origin} merged into {base.origin}"
+        found = trained.shapes()
+        self.adapted = {name.replace(".lora_A.", ".") for name in found if ".lora_A." in name}
+        self.own = {name for name in found if ".lora_" not in name}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        below = {name: shape for name, shape in self.base.shapes().items() if not name.startswith("head.")}
+        return below | {name: shape for name, shape in self.trained.shapes().items() if name in self.own}
+
+    def view(self, name: str) -> View:
+        if name not in self.adapted:
+            return (self.trained if name in self.own else self.base).view(name)
+        layer = name.removesuffix(".weight")
+        up, down = (self.trained.view(f"{layer}.lora_{part}.weight")[:] for part in "BA")
+        return MergedView(self.base.view(name), up, down, self.scale, self.device)
+
+
+class MergedView:
+    """W + scale B A, read where it is indexed.
+
+    On a CPU the last bits of a product depend on how many rows it has: it is made in blocks of rows whose borders are always the
+    same, so that a weight does not depend on who reads which part of it.
+    """
+
+    def __init__(self, base: View, up: Tensor, down: Tensor, scale: float, device: torch.device | str):
+        self.base, self.up, self.down = base, up.to(device).float(), down.to(device).float()
+        self.scale, self.device, self.shape = scale, device, shape_of(base)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+        first, last, _ = rows.indices(self.shape[0])
+        begin, down = first - first % BLOCK, self.down[:, columns]
+        blocks = [self.up[start : start + BLOCK] @ down for start in range(begin, last, BLOCK)]
+        base = self.base[rows, columns].to(self.device).float()
+        return base.add(torch.cat(blocks)[first - begin : last - begin], alpha=self.scale)

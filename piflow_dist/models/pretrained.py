@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from piflow_dist.checkpoint.files import STATE, read_json
@@ -11,6 +12,7 @@ from piflow_dist.checkpoint.reader import CheckpointWeights
 from piflow_dist.checkpoint.runs import resolve_checkpoint
 from piflow_dist.config import Config, ConfigError, ModelConfig, require
 from piflow_dist.models.architecture import architecture, plan_model, plan_student, plan_tied
+from piflow_dist.models.lora import MergedWeights
 from piflow_dist.models.published import read_json_file, read_model, read_teacher_model
 from piflow_dist.models.transformer import Transformer
 from piflow_dist.models.weights import OverlaidWeights, View, WeightSource, check_trained, fill, shape_of
@@ -114,16 +116,21 @@ def open_weights(place: Path, model: ModelConfig, ema: bool = True) -> Diffusers
     return CheckpointWeights(place, ema) if diffusers_folder(str(place)) is None else DiffusersWeights(place, model)
 
 
-def open_model(checkpoint: Path, config: Config, ema: bool = True) -> tuple[Transformer, WeightSource]:
+def open_model(
+    checkpoint: Path, config: Config, ema: bool = True, merged_on: torch.device | None = None
+) -> tuple[Transformer, WeightSource]:
     """The model of a run's checkpoint, or of a folder in diffusers' layout, on the meta device, and its weights: a teacher's or a
     student's, as config says.
 
-    Raises CheckpointError for damaged files, ConfigError where a tied student's base is another than it was trained on.
+    merged_on: where a tied student's adapters are merged into the weights; None: they stay beside them. Raises CheckpointError for damaged files, ConfigError where a tied student's base is another than it was trained on.
     """
     trained = open_weights(checkpoint, config.model, ema)
     if config.mode != "tied":
         return plan_model(config.model, config.policy if config.distils else None), trained
     check_trained_on(checkpoint, config)
+    if merged_on is not None:
+        scale = config.lora.alpha / config.lora.rank
+        return plan_model(config.model, config.policy), MergedWeights(trained, open_teacher(config), scale, merged_on)
     model, start = plan_tied(config.model, config.policy, config.lora, open_teacher(config), config.train.seed)
     return model, OverlaidWeights(trained, start)
 

@@ -43,16 +43,21 @@ class EmbeddingCache:
         with safe_open(self.path(prompt), framework="pt") as file:
             return file.get_slice("embedding").get_shape()[0]
 
+    def cut(self, prompt: str) -> str | None:
+        """What the encoder left out of a prompt that is there, "" for nothing; None in files of earlier versions."""
+        with safe_open(self.path(prompt), framework="pt") as file:
+            return (file.metadata() or {}).get("cut")
+
     def encode(self, prompts: list[str], device: torch.device) -> dict[str, str]:
         """Encode the prompts that are not there yet. Returns the reason for each that cannot be."""
-        missing = [prompt for prompt in prompts if self.read(prompt) is None]
+        missing = [prompt for prompt in prompts if self.read(prompt) is None or self.cut(prompt) is None]
         if not missing:
             return {}
         self.folder.mkdir(parents=True, exist_ok=True)
         encoder, reasons = load_prompt_encoder(self.encoder, device), {}
         for prompt in missing:
             try:
-                (embedding_LD,) = encoder.encode([prompt])
+                (embedding_LD,), cut = encoder.encode([prompt]), encoder.cut(prompt)
             except ValueError as error:
                 reasons[prompt] = str(error)
                 continue
@@ -62,7 +67,6 @@ class EmbeddingCache:
             short_LD = embedding_LD.bfloat16()
             with replacing(self.path(prompt)) as temporary:
                 # What encoders of two bytes answer is kept in two bytes, and nothing is rounded.
-                save_file(
-                    {"embedding": short_LD if torch.equal(short_LD.float(), embedding_LD) else embedding_LD}, temporary
-                )
+                kept_LD = short_LD if torch.equal(short_LD.float(), embedding_LD) else embedding_LD
+                save_file({"embedding": kept_LD}, temporary, metadata={"cut": cut})
         return reasons

@@ -1,21 +1,26 @@
 """The folder of a sampling request: made fit before the processes start, and finished with what is known of the whole."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 from PIL import Image
 
-from piflow_dist.checkpoint.files import write_atomic
+from piflow_dist.checkpoint.files import read_json, write_atomic
 from piflow_dist.config import ConfigError
 from piflow_dist.sampling import failures
 from piflow_dist.sampling.images import ImageRequest, replacing
 from piflow_dist.sampling.settings import SampleRequest
 
+log = logging.getLogger(__name__)
+
 REQUEST, META, MANIFEST = "request.json", "meta.json", "manifest.jsonl"
 FAILURES, CONTACT_SHEET = "failures.jsonl", "contact_sheet.png"
-EARLIER = {"guidance_interval": [0.0, 1.0]}
+EARLIER = {"guidance_interval": [0.0, 1.0], "merge": False}
 """Settings that folders of earlier versions do not name."""
+HASHED = {"images_sha256": "prompts, seeds or sizes", "weights_sha256": "weights of the source"}
+"""Keys of request.json whose values tell people nothing."""
 SHEET_IMAGES, SHEET_COLUMNS, TILE = 64, 8, (64, 256)
 
 
@@ -27,9 +32,11 @@ def prepare_folder(request: SampleRequest) -> bool:
     out, identity = request.out, request.identity()
     path = out / REQUEST
     if path.exists():
-        found = EARLIER | json.loads(path.read_text())
-        changed = [f"{key}: {found.get(key)} -> {value}" for key, value in identity.items() if found.get(key) != value]
-        if not changed and (out / META).exists() and not (out / FAILURES).exists() and not request.missing():
+        found = EARLIER | read_json(path)
+        changed = [
+            describe_change(key, found.get(key), value) for key, value in identity.items() if found.get(key) != value
+        ]
+        if not changed and is_finished(out) and not request.missing():
             return True
         if changed and not request.config.overwrite:
             raise ConfigError(
@@ -52,10 +59,19 @@ def prepare_folder(request: SampleRequest) -> bool:
     return False
 
 
+def describe_change(key: str, old: object, new: object) -> str:
+    return f"{HASHED[key]} changed" if key in HASHED else f"{key}: {old} -> {new}"
+
+
+def is_finished(out: Path) -> bool:
+    """Whether `gather` has found every image there, and nobody has removed what it wrote."""
+    return all((out / name).exists() for name in (META, MANIFEST, CONTACT_SHEET)) and not (out / FAILURES).exists()
+
+
 def check_unchanged(request: SampleRequest) -> None:
     """Raise ConfigError where what was read later is not what the folder was prepared for: images would go under wrong prompts."""
-    found = json.loads((request.out / REQUEST).read_text())
-    changed = [key for key, value in request.identity().items() if found.get(key) != value]
+    found = read_json(request.out / REQUEST)
+    changed = [HASHED.get(key, key) for key, value in request.identity().items() if found.get(key) != value]
     if changed:
         raise ConfigError(
             f"out={request.out}: {', '.join(changed)} changed since the folder was prepared. Put back what was changed, or "
@@ -69,18 +85,23 @@ def gather(request: SampleRequest) -> str:
     Returns what went wrong in words for people, empty where every image is there.
     """
     out = request.out
+    for place, image in enumerate(request.images):
+        if (out / image.file).exists() and not is_readable(out / image.file, place < SHEET_IMAGES):
+            log.warning("%s is damaged, and removed: it counts as missing.", out / image.file)
+            (out / image.file).unlink()
     absent = {image.index for image in request.missing()}
     made = [image for image in request.images if image.index not in absent]
     failed = [line for line in failures.read_failures(out) if line["index"] in absent]
     for temporary in (*out.glob("images/.*.tmp"), *out.glob("latents/.*.tmp")):
         temporary.unlink()
-    write_atomic(out / MANIFEST, "".join(json.dumps(manifest_line(request, image)) + "\n" for image in made))
+    lines = [manifest_line(request, image) for image in made]
+    write_atomic(out / MANIFEST, "".join(json.dumps(line) + "\n" for line in lines))
     if made:
         write_contact_sheet(out, made)
     if failed:
         write_atomic(out / FAILURES, "".join(json.dumps(line) + "\n" for line in failed))
     if len(failed) == len(absent):
-        write_atomic(out / META, json.dumps(describe(request, made, len(failed)), indent=1))
+        write_atomic(out / META, json.dumps(describe(request, lines, len(failed)), indent=1))
     shutil.rmtree(out / failures.FOLDER)
     return complaint(out, len(request.images), failed, len(absent) - len(failed))
 
@@ -100,7 +121,9 @@ def complaint(out: Path, wanted: int, failed: list[dict], lost: int) -> str:
 def manifest_line(request: SampleRequest, image: ImageRequest) -> dict:
     line = {"index": image.index, "prompt_index": image.prompt_index, "seed": image.seed, "prompt": image.prompt}
     line |= {"file": image.file, "width": image.width, "height": image.height}
-    return {**line, "latents": image.latents_file} if request.config.latents else line
+    line |= {"latents": image.latents_file} if request.config.latents else {}
+    cut = info_of(request.out / image.file).get("cut")
+    return {**line, "cut": cut} if cut else line
 
 
 def write_contact_sheet(out: Path, made: list[ImageRequest]) -> None:
@@ -122,22 +145,40 @@ def write_contact_sheet(out: Path, made: list[ImageRequest]) -> None:
         sheet.save(temporary, "PNG")
 
 
-def seconds_of(path: Path) -> float:
-    """An image's share of the time in which it and others, of all processes, were sampled; kept in the image, so that it
-    outlives a killed process, and holds whatever number of processes makes the rest."""
+def is_readable(path: Path, pixels: bool) -> bool:
+    """By its header, or by all of it."""
+    try:
+        with Image.open(path) as picture:
+            if pixels:
+                picture.load()
+    except (OSError, SyntaxError, ValueError):  # what Pillow says of damaged files
+        return False
+    return True
+
+
+def info_of(path: Path) -> dict[str, str]:
+    """What was noted in the image as it was made, so that it outlives a killed process."""
     with Image.open(path) as picture:
-        return float(picture.info["seconds"])
+        return picture.info
 
 
-def describe(request: SampleRequest, made: list[ImageRequest], failed: int) -> dict:
+def seconds_of(path: Path) -> float:
+    """An image's share of the time in which it and others, of all processes, were sampled: it holds whatever number of
+    processes makes the rest."""
+    return float(info_of(path)["seconds"])
+
+
+def describe(request: SampleRequest, made: list[dict], failed: int) -> dict:
+    """made: lines of the manifest."""
     config = request.config
     meta = {
         "source": str(request.checkpoint),
         **request.settings(),
         "images": len(made),
         "failed": failed,
+        "cut_prompts": len({line["prompt_index"] for line in made if "cut" in line}),
         "network_evaluations": request.evaluations,
-        "seconds": sum(seconds_of(request.out / image.file) for image in made),
+        "seconds": sum(seconds_of(request.out / line["file"]) for line in made),
         "processes": config.launch.processes,
         "tp": config.parallel.tp,
         "dataset": request.run.data.root,

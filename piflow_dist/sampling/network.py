@@ -12,7 +12,8 @@ from piflow_dist.sampling.settings import SampleRequest
 def load_network(request: SampleRequest, topology: Topology) -> Network:
     """Every rank reads only what it keeps. Raises CheckpointError and ConfigError for weights that are damaged or of others."""
     config, dtype = request.config, request.dtype
-    module, source = open_model(request.checkpoint, request.run, config.ema)
+    merged_on = topology.device if config.merge else None
+    module, source = open_model(request.checkpoint, request.run, config.ema, merged_on)
     module.requires_grad_(False).eval()
     if config.parallel.shard_base:
         from piflow_dist.parallel.zero import FrozenModel

@@ -7,12 +7,12 @@ import os
 from itertools import groupby
 from pathlib import Path
 
-from piflow_dist.checkpoint.files import MANIFEST, write_atomic
+from piflow_dist.checkpoint.files import MANIFEST, read_json, write_atomic
 from piflow_dist.checkpoint.runs import resolve_checkpoint
-from piflow_dist.config import read_config, save_config
+from piflow_dist.config import ConfigError, read_config, save_config
 from piflow_dist.launch.local import WorkerFailed, run_workers
 from piflow_dist.launch.lock import only_user
-from piflow_dist.sampling.gather import FAILURES, META, REQUEST, gather, prepare_folder
+from piflow_dist.sampling.gather import REQUEST, gather, is_finished, prepare_folder
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ def open_request(config: SampleConfig) -> SampleRequest:
     if again:
         config = dataclasses.replace(config, overwrite=False)
     out = Path(config.out)
-    finished = (out / META).exists() and not (out / FAILURES).exists()
-    begun = begun_request(config) if again or not (finished or config.overwrite) else None
+    begun = begun_request(config) if again or not (is_finished(out) or config.overwrite) else None
     return begun or build_request(config)
 
 
@@ -64,11 +63,14 @@ def begun_request(config: SampleConfig) -> SampleRequest | None:
     settings, identity = Path(config.out) / SETTINGS, Path(config.out) / REQUEST
     if not (settings.is_file() and identity.is_file()):
         return None
-    checkpoint = Path(read_config(settings, SampleConfig).source)
+    try:
+        checkpoint = Path(read_config(settings, SampleConfig).source)
+    except ConfigError as error:
+        raise ConfigError(f"{str(error).rstrip('.')}. Remove it to go on, or choose another folder.") from error
     if Path(config.source).resolve() not in checkpoint.resolve().parents or not (checkpoint / MANIFEST).is_file():
         return None
     request = build_request(dataclasses.replace(config, source=str(checkpoint)))
-    if request.identity() != json.loads(identity.read_text()):
+    if request.identity() != read_json(identity):
         return None
     newest = resolve_checkpoint(config.source, "source")
     if newest.resolve() != checkpoint.resolve():

@@ -6,9 +6,11 @@ on its prompt, seed and size, the weights and the settings: not on ranks, batche
 B rows of the network, C latent channels, H W latent size, L text tokens, D width; images are (c, h, w) with their own size.
 """
 
+import logging
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -32,9 +34,14 @@ from piflow_dist.sampling.failures import FailureLog
 from piflow_dist.sampling.gather import check_unchanged
 from piflow_dist.sampling.images import ImageRequest, save_image, to_uint8
 from piflow_dist.sampling.network import load_network
-from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request, downscale
+from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request
+
+log = logging.getLogger(__name__)
 
 NO_ROOM = "the device's memory does not suffice"
+SHOWN_CUTS = 5
+LIVE, PLAIN = 0.5, 10.0
+"""Seconds between two looks at how many images there are: for a bar on a terminal, and for lines in a log."""
 CPU_TOKENS = 1024
 """Tokens of one evaluation on a CPU, about: more rows gain nothing there."""
 
@@ -134,20 +141,19 @@ def sample_or_none(sampler: Sampler, piece: list[ImageRequest]) -> Tensor | None
     return None
 
 
-def load_decoder(request: SampleRequest, device: torch.device) -> Codec:
-    codec = load_codec(request.dataset.codec, device)
-    if codec.downscale != downscale(request.dataset.codec):
-        raise ValueError(
-            f"The codec of {request.dataset.location} has {codec.downscale} pixels a latent pixel, not {downscale(request.dataset.codec)}."
-        )
-    return codec
-
-
 class Saver:
     """Decodes and writes images, the files beside the next evaluation: compressing pixels takes no GPU."""
 
-    def __init__(self, request: SampleRequest, codec: Codec, failures: FailureLog, device: torch.device):
-        self.request, self.codec, self.failures, self.device = request, codec, failures, device
+    def __init__(
+        self,
+        request: SampleRequest,
+        codec: Codec,
+        failures: FailureLog,
+        device: torch.device,
+        cuts: Mapping[str, str],
+    ):
+        """cuts: what was left out of prompts, which their images say too."""
+        self.request, self.codec, self.failures, self.device, self.cuts = request, codec, failures, device, cuts
         self.writer, self.waiting = ThreadPoolExecutor(1), list[Future]()
         self.info = {"source": str(request.checkpoint), **request.settings()}
         self.side_by_side = request.config.launch.processes // request.config.parallel.tp
@@ -170,7 +176,8 @@ class Saver:
                 self.failures.add([image], "its pixels are not finite: the decoder diverges.")
                 continue
             kept = latents_CHW if self.request.config.latents else None
-            file = (self.request.out, image, to_uint8(pixels_chw), kept, info)
+            cut = {"cut": self.cuts[image.prompt]} if image.prompt in self.cuts else {}
+            file = (self.request.out, image, to_uint8(pixels_chw), kept, info | cut)
             self.waiting.append(self.writer.submit(save_image, *file))
 
     def finish(self) -> None:
@@ -203,6 +210,20 @@ def encode_prompts(
     return [image for image in images if image.prompt not in bad]
 
 
+def find_cuts(images: list[ImageRequest], cache: EmbeddingCache, is_main: bool) -> dict[str, str]:
+    """Prompt -> what its encoder left out, of those that are longer than it reads; rank 0 says so before the work begins."""
+    first = {image.prompt: image.prompt_index for image in reversed(images)}
+    cuts = {prompt: cut for prompt in sorted(first, key=first.__getitem__) if (cut := cache.cut(prompt))}
+    if cuts and is_main:
+        shown = "".join(f"\n  prompt {first[prompt]}: {cut}" for prompt, cut in list(cuts.items())[:SHOWN_CUTS])
+        more = "\n  ..." if len(cuts) > SHOWN_CUTS else ""
+        log.warning(
+            "%d of %d prompts are longer than the text encoder reads (each is named as `cut` in manifest.jsonl):%s%s",
+            *(len(cuts), len(first), shown, more),
+        )
+    return cuts
+
+
 def run(request: SampleRequest, topology: Topology, control: Control) -> None:
     """Make the missing images. Ranks agree on what is missing before the first image, so that each makes its own."""
     config, out = request.config, request.out
@@ -214,14 +235,15 @@ def run(request: SampleRequest, topology: Topology, control: Control) -> None:
     images = encode_prompts(request, images, cache, failures, topology, control)
     if not images:
         return
-    codec = load_decoder(request, topology.device)
+    cuts = find_cuts(images, cache, topology.is_main)
+    codec = load_codec(request.dataset.codec, topology.device)
     sampler = Sampler(request, load_network(request, topology), cache, topology.device)
     pieces = sampler.pieces(images)
     mine = pieces[topology.dp_rank :: topology.dp_size]
-    saver = Saver(request, codec, failures, topology.device)
+    saver = Saver(request, codec, failures, topology.device, cuts)
     before = len(request.images) - len(absent)
     with StepProgress(out.name, len(request.images), start=before, every=1) as progress:
-        began = time.perf_counter()
+        began = due = time.perf_counter()
         waiting = mine[::-1]
         while waiting:
             piece, start = waiting.pop(), time.perf_counter()
@@ -237,9 +259,11 @@ def run(request: SampleRequest, topology: Topology, control: Control) -> None:
                 continue
             if topology.tp_rank == 0:
                 saver.save(piece, latents_nCHW, time.perf_counter() - start)
-            if topology.is_main:
+            if topology.is_main and time.perf_counter() > due:
+                due = time.perf_counter() + (LIVE if progress.bar else PLAIN)
                 done = count_whole(out)  # of all ranks
-                progress.update(done, f"{(done - before) / (time.perf_counter() - began):.3g} images/s")
+                rate = (done - before) / (time.perf_counter() - began)
+                progress.update(done, f"{rate:.3g} images/s" if rate else "")
         if config.parallel.shard_base and len(mine) < -(-len(pieces) // topology.dp_size):
             sampler.sample(pieces[-1])  # the others need this rank's part of every layer once more
         saver.finish()

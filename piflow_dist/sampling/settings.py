@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import MISSING
 
+from data_pipeline.codec import downscale_of
 from data_pipeline.description import DatasetDescription, load_description
 from piflow_dist.checkpoint.files import MANIFEST
 from piflow_dist.checkpoint.runs import read_run_config, resolve_checkpoint
@@ -31,8 +31,6 @@ from piflow_dist.models.pretrained import DiffusersWeights, check_trained_on, di
 from piflow_dist.sampling.images import ImageRequest, list_images, read_prompts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VAE_DOWNSCALE = 8
-"""Image pixels per latent pixel of every VAE that is known here; the sampler checks it when it has loaded one."""
 EVERYWHERE = (0.0, 1.0)
 
 
@@ -92,6 +90,8 @@ class SampleConfig:
     """Shift of the noise schedule; default: as trained, for each image's own size where that is dynamic."""
     ema: bool = True
     """Averaged weights, or the raw ones."""
+    merge: bool = False
+    """Merge a tied student's adapters into its weights as they are read: less arithmetic; in bf16 the weights are rounded once more."""
     dtype: str | None = None
     """fp32 or bf16; default: as trained, fp32 for exported folders."""
     batch_size: int = 64
@@ -150,7 +150,10 @@ class SampleConfig:
         return Path(self.embeddings) if self.embeddings is not None else Path(self.out).parent / ".embeddings"
 
 
-ONLY_OF = {"teacher": ("steps", "guidance", "guidance_interval"), "student": ("nfe", "temperature", "h", "substeps")}
+ONLY_OF = {
+    "teacher": ("steps", "guidance", "guidance_interval"),
+    "student": ("nfe", "temperature", "h", "substeps", "merge"),
+}
 """Keys that mean something for one kind of source."""
 
 
@@ -204,7 +207,7 @@ class SampleRequest:
         return DTYPES[self.dtype]
 
     def latent_shape(self, image: ImageRequest) -> tuple[int, int, int]:
-        edge = downscale(self.dataset.codec)
+        edge = downscale_of(self.dataset.codec)
         return self.run.model.latent_channels, image.height // edge, image.width // edge
 
     def schedule(self, image: ImageRequest) -> FlowSchedule:
@@ -226,7 +229,7 @@ class SampleRequest:
             guidance = {"guidance": config.guidance, "guidance_interval": list(config.guidance_interval)}
             return common | {"steps": config.steps, **guidance}
         sampler = {"temperature": self.temperature, "h": f"{float(config.h):g}", "substeps": config.substeps}
-        return common | {"nfe": self.evaluations, **sampler}
+        return common | {"nfe": self.evaluations, **sampler, "merge": config.merge}
 
     def identity(self) -> dict[str, Any]:
         """Everything the images of the folder depend on, whole models by their hash."""
@@ -253,11 +256,6 @@ def seeds_of(config: SampleConfig) -> list[int]:
     if config.seeds is not None:
         return list(config.seeds)
     return list(range(config.seed, config.seed + config.images_per_prompt))
-
-
-def downscale(codec: Mapping[str, Any]) -> int:
-    """Image pixels per latent pixel of a codec that is not loaded."""
-    return codec["block"] if codec["kind"] == "block_dct" else VAE_DOWNSCALE
 
 
 def build_request(config: SampleConfig) -> SampleRequest:
@@ -315,6 +313,10 @@ def refuse_idle_keys(config: SampleConfig, run: Config) -> None:
         "one (model.guidance_embeds=true). Leave it out.",
     )
     require(
+        not config.merge or run.mode == "tied",
+        f"merge=true: source={config.source} has no adapters (mode={run.mode}). Leave it out.",
+    )
+    require(
         not config.mlflow or diffusers_folder(str(config.source)) is None,
         f"mlflow=true: source={config.source} is an exported folder, which belongs to no MLflow run. Leave it out.",
     )
@@ -355,6 +357,7 @@ def load_dataset(run: Config) -> DatasetDescription:
     """What is known of the data whose codec and prompts are used. Raises ConfigError where it does not fit the model."""
     try:
         found = load_description(run.data.root)
+        downscale_of(found.codec)  # whose VAE may have moved
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"dataset={run.data.root}: {error}") from error
     for what, theirs, ours in (
@@ -380,11 +383,11 @@ def usual_size(config: SampleConfig, dataset: DatasetDescription) -> tuple[int, 
     if config.height is not None:
         return config.height, config.width
     _, height, width = dataset.typical_shape
-    return height * downscale(dataset.codec), width * downscale(dataset.codec)
+    return height * downscale_of(dataset.codec), width * downscale_of(dataset.codec)
 
 
 def check_size(image: ImageRequest, dataset: DatasetDescription) -> None:
-    step = downscale(dataset.codec) * PATCH
+    step = downscale_of(dataset.codec) * PATCH
     for name in ("height", "width"):
         value = getattr(image, name)
         require(

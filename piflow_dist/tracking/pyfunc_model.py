@@ -6,6 +6,7 @@ it (40 GB) and the data set that says codec and prompt encoder are places, which
 
 import hashlib
 import io
+import logging
 from typing import Any
 
 import mlflow
@@ -24,6 +25,8 @@ from piflow_dist.models.heads import make_policy
 from piflow_dist.models.pretrained import load_model
 from piflow_dist.parallel.topology import choose_device
 from piflow_dist.sampling.settings import SampleConfig, resolve_source
+
+log = logging.getLogger(__name__)
 
 
 class StudentModel(PythonModel):
@@ -52,6 +55,9 @@ class StudentModel(PythonModel):
         prompts = [str(prompt) for prompt in model_input["prompt"]]
         seeds = [int(seed) for seed in model_input.get("seed", range(len(prompts)))]
         nfe = int((params or {}).get("nfe") or self.run.distill.nfe)
+        for row, prompt in enumerate(prompts):
+            if cut := self.encoder.cut(prompt):
+                log.warning("row %d: %s", row, cut)
         images: list[bytes] = []
         for start in range(0, len(prompts), self.batch_size):
             chosen = slice(start, start + self.batch_size)

@@ -3,15 +3,24 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from piflow_dist.checkpoint.files import newest_complete
+from data_pipeline.codec import load_codec
+from piflow_dist.checkpoint.files import CheckpointError, newest_complete
 from piflow_dist.config import ConfigError, load_config, read_config
 from piflow_dist.launch import batch
 from piflow_dist.launch.exits import FAILED, REFUSED
-from piflow_dist.sampling.gather import check_unchanged, prepare_folder
+from piflow_dist.sampling import embeddings
+from piflow_dist.sampling.embeddings import EmbeddingCache
+from piflow_dist.sampling.failures import FailureLog
+from piflow_dist.sampling.gather import check_unchanged, gather, prepare_folder
+from piflow_dist.sampling.images import save_image
 from piflow_dist.sampling.run import lock_of, open_request, write_settings
+from piflow_dist.sampling.sampler import Saver, find_cuts
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request
 
 
@@ -39,7 +48,7 @@ def test_what_changed_since_the_folder_was_prepared_is_refused(student_run: Path
     prepare_folder(request)
     settings = write_settings(request)
     (tmp_path / "out" / "prompts.jsonl").write_text('{"prompt": "a triangle"}\n')
-    with pytest.raises(ConfigError, match="images, images_sha256 changed"):
+    with pytest.raises(ConfigError, match="images, prompts, seeds or sizes changed"):
         check_unchanged(build_request(read_config(settings, SampleConfig)))
 
 
@@ -67,7 +76,7 @@ def test_what_is_begun_goes_on_with_its_checkpoint(
     again = opened("overwrite=true")
     assert again.checkpoint == request.checkpoint and not again.config.overwrite
     shutil.rmtree(request.checkpoint)
-    with pytest.raises(ConfigError, match="weights_sha256"):
+    with pytest.raises(ConfigError, match="weights of the source changed"):
         prepare_folder(opened("overwrite=true"))
 
 
@@ -92,3 +101,68 @@ def test_a_job_has_the_folder_until_it_has_gathered(
     assert lock_of(out).read_text() == ""
     monkeypatch.setenv("SLURM_JOB_ID", "13")
     assert batch.main(*request) == 0
+
+
+def test_a_prompt_longer_than_its_encoder_reads_is_named(
+    student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the start, in the image, in manifest.jsonl and in meta.json; also where the encoder is not asked again."""
+    out, device = tmp_path / "out", torch.device("cpu")
+    request = request_for(student_run, out, "images_per_prompt=2")
+    long, embeds_LD = request.images[2].prompt, torch.ones(3, 64)
+    encoder = SimpleNamespace(encode=lambda prompts: [embeds_LD], cut=lambda prompt: "cut!" if prompt == long else "")
+    monkeypatch.setattr(embeddings, "load_prompt_encoder", lambda *arguments: encoder)
+    prepare_folder(request)
+    cache = EmbeddingCache(request.config.embeddings_folder, request.dataset.prompt_encoder)
+    save_file({"embedding": embeds_LD}, tmp_path / "earlier.safetensors")  # of a version that did not say it
+    request.config.embeddings_folder.mkdir()
+    (tmp_path / "earlier.safetensors").rename(cache.path(long))
+    assert cache.encode([image.prompt for image in request.images], device) == {}
+    monkeypatch.setattr(embeddings, "load_prompt_encoder", None)
+    assert cache.encode([image.prompt for image in request.images], device) == {}
+
+    assert find_cuts(request.images, cache, is_main=False) == {long: "cut!"} and not caplog.text
+    cuts = find_cuts(request.images, cache, is_main=True)
+    assert "1 of 3 prompts are longer" in caplog.text and "\n  prompt 1: cut!" in caplog.text
+    saver = Saver(request, load_codec(request.dataset.codec), FailureLog(out, 0), device, cuts)
+    saver.save(request.images, torch.zeros(6, 16, 4, 4), 1.0)
+    saver.finish()
+    assert gather(request) == ""
+    lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert [line.get("cut") for line in lines] == [None, None, "cut!", "cut!", None, None]
+    assert json.loads((out / "meta.json").read_text())["cut_prompts"] == 1
+
+
+def test_what_a_bad_disk_leaves_of_a_folder_is_made_again(
+    student_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    request = request_for(student_run, out, "latents=false")
+    pixels_chw, info = torch.zeros(1, 16, 16, dtype=torch.uint8), {"seconds": 1.0}
+
+    def make_all() -> str:
+        for image in request.missing():
+            save_image(out, image, pixels_chw, None, info)
+        return gather(request)
+
+    prepare_folder(request)
+    assert make_all() == "" and prepare_folder(request)
+    for lost in ("manifest.jsonl", "contact_sheet.png", "meta.json"):
+        (out / lost).unlink()
+        assert not prepare_folder(request)  # there is something to do
+        assert make_all() == "" and prepare_folder(request)
+    (out / "meta.json").unlink()
+    prepare_folder(request)
+    damaged = out / request.images[1].file
+    damaged.write_bytes(damaged.read_bytes()[:60] + damaged.read_bytes()[-20:])  # both ends are those of a PNG
+    assert "1 of 3 images are not in" in gather(request) and f"{damaged} is damaged" in caplog.text
+    assert not prepare_folder(request)
+    assert make_all() == "" and len((out / "manifest.jsonl").read_text().splitlines()) == 3
+    for name, words in (("request.json", "not readable JSON"), ("settings.yaml", "Remove it to go on")):
+        write_settings(request)
+        (out / "meta.json").unlink(missing_ok=True)
+        (out / name).write_text("{")
+        with pytest.raises((CheckpointError, ConfigError), match=words):
+            open_request(request.config)
+        shutil.rmtree(out)
+        prepare_folder(request)

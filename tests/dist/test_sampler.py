@@ -320,7 +320,7 @@ def test_a_failing_prompt_costs_only_its_own_images(student_run: Path, student_i
 
 def sample_with_faults(rank: int, job: Job) -> str:
     """There is memory for one image at a time, and not for each; one diverges; the decoder fails twice; no text encoder is to be had."""
-    whole, load_decoder = sampler.Sampler.sample, sampler.load_decoder
+    whole, load_codec_of = sampler.Sampler.sample, sampler.load_codec
 
     def diverging(self: sampler.Sampler, images: list) -> Tensor:
         if len(images) > 1 or (images[0].prompt_index, images[0].seed) == (2, 5):
@@ -332,7 +332,7 @@ def sample_with_faults(rank: int, job: Job) -> str:
         return latents_nCHW
 
     def failing_decoder(*arguments: object) -> object:
-        codec = load_decoder(*arguments)
+        codec = load_codec_of(*arguments)
         decode, faults = codec.decode, [torch.OutOfMemoryError("too much"), None]
 
         def failing(latents_BCHW: Tensor) -> Tensor:
@@ -348,7 +348,7 @@ def sample_with_faults(rank: int, job: Job) -> str:
     def absent(*arguments: object) -> None:
         raise AssertionError("the encoder was loaded")
 
-    sampler.Sampler.sample, sampler.load_decoder, embeddings.load_prompt_encoder = diverging, failing_decoder, absent
+    sampler.Sampler.sample, sampler.load_codec, embeddings.load_prompt_encoder = diverging, failing_decoder, absent
     return sample_jobs(rank, 1, [job])[0]
 
 
@@ -454,6 +454,7 @@ def test_overwrite_makes_them_again(student_images: Path, student_run: Path, tmp
         ("steps=8", ("steps=8 is for teachers", "is a student", "nfe, temperature, h, substeps")),
         ("guidance=2", ("guidance=2.0 is for teachers",)),
         ("guidance_interval=[0,0.7]", ("guidance_interval=[0.0, 0.7] with guidance=1.0",)),
+        ("merge=true", ("merge=true", "has no adapters (mode=full)")),
         ("h=-1", ("h=-1", "0 (ODE) or more")),
         ("images_per_prompt=0", ("images_per_prompt",)),
         ("seeds=[1,2]", ("give seeds alone",)),

@@ -113,6 +113,35 @@ def test_images_are_sampled_by_all_tasks_and_only_once(
     assert "all 6 images are there" in run_script(slurm, tmp_path, *script, *request)
 
 
+def test_sampling_goes_on_after_the_time_limit_and_has_its_folder_alone(
+    slurm: LocalCluster, scripted: tuple[Path, str], tmp_path: Path
+) -> None:
+    """One task is stopped, so that not all is made when the time limit's warning comes."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    request = [f"source={scripted[0]}", f"out={out}", "images_per_prompt=60", "batch_size=1", "latents=false"]
+    words = [str(REPO / "slurm" / "sample.sh"), *request, "launch.device=cpu", "launch.threads=1"]
+    tasks = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
+    environment = {"PIFLOW_ROOT": str(REPO), "PIFLOW_PYTHON": sys.executable}
+    job = slurm.run("sbatch", "--parsable", f"--output={log}", *tasks, *words, **environment).stdout.strip()
+
+    def images() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in out.glob("images/[0-9]*.png")}
+
+    slurm.wait_until(lambda: images() or slurm.job(job)["JobState"] in ("FAILED", "COMPLETED"), f"images of job {job}")
+    (task,) = [pid for pid, rank in tasks_on(slurm, "n2", b"sampling.sampler").items() if rank == 1]
+    os.kill(task, signal.SIGSTOP)
+    before = images()
+    assert 0 < len(before) < 180, log.read_text()
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    slurm.wait_for_state(job, "PENDING")
+    refused = run_script(slurm, tmp_path, "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", *words, code=2)
+    assert f"out={out} is in use by job {job} (pending). Wait for it" in refused
+    slurm.start_now(job)
+    slurm.wait_for_state(job, "COMPLETED", "FAILED")
+    assert f"The time limit is near: job {job} is put back into the queue." in log.read_text()
+    assert log.read_text().rstrip().endswith(f"{out}: 180 images.") and before.items() <= images().items()
+
+
 def test_a_data_set_is_prepared_by_all_tasks_and_goes_on_after_the_time_limit(
     slurm: LocalCluster, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Encoders of FLUX.1 and ImageNet models: against diffusers' own pipelines on tiny parts, and through the tool."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,16 +12,17 @@ import pytest
 import torch
 from photos import photo_list, settings, write_folder
 from tiny_flux import write_tiny_flux, write_tiny_kl
+from tiny_qwen import write_tiny_text_encoder, write_tiny_vae
 from torch.testing import assert_close
 
 from data_pipeline.class_labels import ClassLabelEncoder, in_label_order, read_labels
-from data_pipeline.codec import AutoencoderKLCodec, BlockCodec, load_codec
+from data_pipeline.codec import AutoencoderKLCodec, BlockCodec, QwenImageCodec, downscale_of, load_codec, vae_downscale
 from data_pipeline.compat import repair_torchvision
 from data_pipeline.description import load_description
 from data_pipeline.empty_prompt import read_empty_prompt
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import PrepareConfig, prepare
-from data_pipeline.prompts import TokenTableEncoder, load_prompt_encoder
+from data_pipeline.prompts import QwenPromptEncoder, TokenTableEncoder, load_prompt_encoder
 from data_pipeline.shared import pretrained_codec
 from data_pipeline.stream import LatentStream, read_all
 from data_pipeline.synthetic import write_random_set
@@ -72,6 +74,36 @@ def test_t5_clip_matches_diffusers_pipeline(flux: Path) -> None:
     assert not got_BLD[:, 0, 16:].any()
     again = load_prompt_encoder(json.loads(json.dumps(encoder.describe())))
     assert torch.equal(torch.stack(again.encode(prompts)), got_BLD)
+    assert [encoder.cut(prompt) for prompt in prompts[:3]] == ["", "", ""]
+    t5, clip = encoder.cut(prompts[3]).split("; ")
+    assert t5 == f"T5 reads 39 of its 99 tokens, and nothing from '{prompts[3][39:79].lstrip()}...' on"
+    assert clip.startswith("CLIP reads 18 of its 81 tokens, and nothing from ") and encoder.cut("a " * 19)[:4] == "CLIP"
+
+
+def test_models_are_read_to_their_device_at_once(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the size of a VAE's latents is known before it is."""
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
+    read, device = [], torch.device("cpu")
+    for base in (ModelMixin, PreTrainedModel):
+
+        def spy(cls, *arguments, _whole=base.from_pretrained.__func__, **options):
+            read.append((cls.__name__, options["device_map"]))
+            return _whole(cls, *arguments, **options)
+
+        monkeypatch.setattr(base, "from_pretrained", classmethod(spy))
+    qwen = write_tiny_text_encoder(write_tiny_vae(tmp_path))
+    codecs = [AutoencoderKLCodec(flux, device=device), QwenImageCodec(qwen, device=device)]
+    assert [downscale_of(codec.describe()) for codec in codecs] == [codec.downscale for codec in codecs] == [2, 2]
+    T5ClipEncoder(flux, device=device)
+    QwenPromptEncoder(qwen, device=device)
+    vaes, encoders = ["AutoencoderKL", "AutoencoderKLQwenImage"], ["CLIPTextModel", "T5EncoderModel"]
+    assert read == [(name, {"": device}) for name in (*vaes, *encoders, "Qwen2_5_VLForConditionalGeneration")]
+    shutil.rmtree(qwen / "vae")
+    vae_downscale.cache_clear()
+    with pytest.raises(FileNotFoundError, match="No VAE in"):
+        downscale_of(codecs[1].describe())
 
 
 def test_t5_clip_without_weights(tmp_path: Path) -> None:
@@ -297,6 +329,7 @@ def test_flux_from_captions(flux: Path, tmp_path: Path) -> None:
     description = prepare(config, show_progress=False)
     assert description.latent_channels == 16 and description.prompt_dim == 24
     assert description.pooled_dim == load_description(tmp_path / "set").pooled_dim == 16
+    assert description.changed == {"caption cut at the text encoder's tokens": 2}  # the two of the temple
     batch = LatentStream(tmp_path / "set", "train", batch_size=1, seed=0).next()
     assert batch["prompt_embeds"].shape == (1, 25, 24) and batch["prompt_mask"].all()
     (want_LD,) = load_prompt_encoder(description.prompt_encoder).encode(batch["prompts"])

@@ -107,6 +107,19 @@ def test_qwen_encoder_matches_diffusers_pipeline(tiny_qwen_folder: Path) -> None
     assert_close(short[0], whole[0][:200], rtol=1e-4, atol=1e-5)  # causal: what follows does not matter
 
 
+def test_what_qwen_does_not_read_is_named(tiny_qwen_folder: Path) -> None:
+    """A token a character here. The template's end counts too, but no word is lost with it."""
+    template = len(QWEN_TEMPLATE) - len("{}")
+    encoder = QwenPromptEncoder(tiny_qwen_folder, dtype=torch.float32, max_tokens=template)
+    read = template + QWEN_TEMPLATE_TOKENS - QWEN_TEMPLATE.index("{}")
+    assert encoder.cut("") == encoder.cut("a cat") == encoder.cut("a" * read) == ""
+    words = f"Qwen2.5-VL reads {read} of its {read + 50} tokens, and nothing from '{'b' * 40}...' on"
+    assert encoder.cut("a" * read + "b" * 50) == words
+    (longest_LD,) = encoder.encode(["a" * read + "b" * 50])
+    assert torch.equal(longest_LD, encoder.encode(["a" * read + "c" * 9])[0])
+    assert TokenTableEncoder(["a"]).cut("a " * 1000) == ""
+
+
 def test_qwen_encoder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no tokenizer/ folder"):
         QwenPromptEncoder(tmp_path)

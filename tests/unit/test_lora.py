@@ -11,10 +11,10 @@ from torch.testing import assert_close
 
 from piflow_dist.config import Config, ConfigError, LoraConfig, load_config
 from piflow_dist.models.architecture import plan_model
-from piflow_dist.models.lora import LoraLinear, add_adapters
+from piflow_dist.models.lora import LoraLinear, MergedWeights, add_adapters
 from piflow_dist.models.pretrained import plan_training
 from piflow_dist.models.qwen_image import QwenImage
-from piflow_dist.models.weights import fill
+from piflow_dist.models.weights import TensorWeights, fill
 
 B, L = 3, 5
 
@@ -129,3 +129,30 @@ def test_the_launcher_refuses_targets_that_match_nothing(
         f"data.root={tiny_data}", f"distill.teacher={teacher}", f"run_dir={tmp_path}",
     )  # fmt: skip
     assert "lora.targets" in message and "matches no linear layer" in message and "Traceback" not in message
+
+
+def test_a_merged_weight_is_the_same_whoever_reads_which_part() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, up, down = (torch.randn(*shape, generator=generator) for shape in ((700, 48), (700, 6), (6, 48)))
+    trained = {
+        "up.lora_A.weight": down,
+        "up.lora_B.weight": up,
+        "norm_out.weight": torch.ones(1),
+        "head.x": torch.ones(2),
+    }
+    below = {
+        "up.weight": base.bfloat16(),
+        "norm_out.weight": torch.zeros(1),
+        "head.weight": torch.zeros(3),
+        "in.weight": torch.zeros(4),
+    }
+    merged = MergedWeights(TensorWeights(trained, "trained"), TensorWeights(below, "base"), 0.5)
+    assert merged.shapes() == {"up.weight": (700, 48), "norm_out.weight": (1,), "head.x": (2,), "in.weight": (4,)}
+    assert merged.view("norm_out.weight") == 1 and len(merged.view("in.weight")) == 4
+    whole = merged.view("up.weight")[:]
+    want = base.bfloat16().double() + 0.5 * up.double() @ down.double()
+    assert_close(whole.double(), want, rtol=1e-6, atol=1e-6)
+    for first, last in ((0, 1), (3, 260), (255, 257), (512, 700), (699, 700)):
+        assert torch.equal(merged.view("up.weight")[first:last], whole[first:last])
+    assert_close(merged.view("up.weight")[10:20, 24:48], whole[10:20, 24:48])
+    assert torch.equal(below["up.weight"], base.bfloat16())
