@@ -88,6 +88,15 @@ def pytest_configure() -> None:
     """Ctrl-C is tested. A shell that runs this in the background has it ignored, and all that is started here would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Workers side by side would each have a thread for every core, and wait for one another's.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2 --dist loadgroup` (make test) the tests that start ranks and jobs run one after the other, all others beside them."""
+    for item in items:
+        folder = item.path.relative_to(REPO / "tests").parts[0]
+        item.add_marker(pytest.mark.xdist_group("processes" if folder in ("dist", "slurm") else folder))
 
 
 def run_tool(name: str, *arguments: str, time_limit: float = 300.0) -> subprocess.CompletedProcess:
