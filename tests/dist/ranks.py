@@ -43,7 +43,16 @@ def run_ranks(
             with one_thread():
                 for rank in range(world_size):
                     receiver, sender = context.Pipe(duplex=False)
-                    arguments = (sender, check, rank, world_size, f"file://{folder}/store", warm, dict(os.environ), args)
+                    arguments = (
+                        sender,
+                        check,
+                        rank,
+                        world_size,
+                        f"file://{folder}/store",
+                        warm,
+                        dict(os.environ),
+                        args,
+                    )
                     process = context.Process(target=_main, args=arguments, daemon=True)
                     process.start()
                     sender.close()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, run_tool
+from images import sample_here
 from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -21,7 +22,6 @@ from torch.testing import assert_close
 
 from data_pipeline import class_labels
 from data_pipeline.synthetic import write_random_set
-from images import sample_here
 from piflow_dist.checkpoint.export import ExportConfig, export
 from piflow_dist.checkpoint.files import newest_complete
 from piflow_dist.config import Config, load_config
@@ -115,10 +115,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[str, list[dict[str, Course]]]:
-    return {
-        world: run_ranks(train_rank, size, world, folder, time_limit=900)
-        for world, (size, _) in WORLDS.items()
-    }
+    return {world: run_ranks(train_rank, size, world, folder, time_limit=900) for world, (size, _) in WORLDS.items()}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -28,7 +28,9 @@ def said(out: Path) -> str:
 def test_thirty_kills_change_nothing(said: str) -> None:
     summary = " ".join(said.split())
     assert ": 0 differences, 0 damaged checkpoints, 0 failed launches." in summary
-    launches, finished, rows = map(int, re.search(r"(\d+) launches, (\d+) trainings.* (\d+) logged steps", summary).groups())
+    launches, finished, rows = map(
+        int, re.search(r"(\d+) launches, (\d+) trainings.* (\d+) logged steps", summary).groups()
+    )
     assert launches == KILLS + finished and finished >= 2
     assert rows >= finished * STEPS
     kills = [line.split("│")[1:-1] for line in said.splitlines() if line.startswith("│")]
@@ -38,7 +40,9 @@ def test_thirty_kills_change_nothing(said: str) -> None:
 
 
 def finished_run(out: Path) -> Path:
-    return next(path for path in sorted(out.glob("data-tied_*/run")) if (path / f"checkpoints/step_{STEPS:08d}").exists())
+    return next(
+        path for path in sorted(out.glob("data-tied_*/run")) if (path / f"checkpoints/step_{STEPS:08d}").exists()
+    )
 
 
 def test_another_training_would_be_noticed(said: str, out: Path) -> None:
@@ -83,7 +87,12 @@ def test_a_difference_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.mark.parametrize(
     ("request_", "said_"),
-    [("scenarios=[data-tied,data-half]", "datafree-full"), ("processes=5", "5 processes do not share 12 images"), ("steps=4", "too few saves"), ("dtype=bf16 worlds=[1]", "bit-continuous")],
+    [
+        ("scenarios=[data-tied,data-half]", "datafree-full"),
+        ("processes=5", "5 processes do not share 12 images"),
+        ("steps=4", "too few saves"),
+        ("dtype=bf16 worlds=[1]", "bit-continuous"),
+    ],
 )
 def test_requests_that_cannot_work(refused_by: object, request_: str, said_: str) -> None:
     assert said_ in refused_by("chaos")(*request_.split())

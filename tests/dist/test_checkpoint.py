@@ -121,12 +121,16 @@ def exact_rank(rank: int, data: Path, teacher: Path, out: Path, small_disk: Path
     for name, options in EXACT.items():
         config = make_config(options_for(topology, *options), data, teacher, out / name)
         save_while_training(name, config, topology, outcome)
-    config = make_config(options_for(topology, *EXACT["tied-fp32"], "checkpoint.every=1"), data, teacher, out / "broken")
+    config = make_config(
+        options_for(topology, *EXACT["tied-fp32"], "checkpoint.every=1"), data, teacher, out / "broken"
+    )
     fail_on_one_rank(config, topology, outcome)
     outcome.due = ask_the_clocks(topology, out)
     if small_disk is not None:
         options = (*EXACT["tied-fp32"], "checkpoint.every=1", "checkpoint.keep=100", f"train.steps={LAST}")
-        fill_the_disk(make_config(options_for(topology, *options), data, teacher, small_disk / "run"), topology, outcome)
+        fill_the_disk(
+            make_config(options_for(topology, *options), data, teacher, small_disk / "run"), topology, outcome
+        )
     return outcome
 
 
@@ -288,7 +292,9 @@ def test_a_training_that_moves_from_world_to_world_has_the_losses_of_one_that_st
     for position, (name, ranks) in enumerate(worlds.items()):
         steps = slice(position * EACH, (position + 1) * EACH)
         for rank in ranks:
-            assert_close(rank.chain.losses, whole.losses[steps], rtol=1e-5, atol=0, msg=lambda text, n=name: f"{n}: {text}")
+            assert_close(
+                rank.chain.losses, whole.losses[steps], rtol=1e-5, atol=0, msg=lambda text, n=name: f"{n}: {text}"
+            )
             assert_close(rank.chain.norms, whole.norms[steps], rtol=1e-5, atol=0)
     for kind in ("shards", "ema"):
         found, want = joined([rank.chain for rank in worlds["tp2"]], 2, kind), joined([whole], 1, kind)

@@ -132,8 +132,15 @@ def test_rewritten_files_are_those_of_the_other_world(
 ) -> None:
     reshard(newest(students / "tied"), tmp_path / "for_4", dp=2, tp=2)
     run_ranks(resave_rank, 2, students, tiny_data, teacher_run, tmp_path, time_limit=420)
-    for name, source in {"tied": students / "tied", "full-dx": students / "full-dx", "again": tmp_path / "for_4"}.items():
-        made, want = reshard(newest(source), tmp_path / f"made_{name}", dp=1, tp=2), newest(tmp_path / f"resaved_{name}")
+    for name, source in {
+        "tied": students / "tied",
+        "full-dx": students / "full-dx",
+        "again": tmp_path / "for_4",
+    }.items():
+        made, want = (
+            reshard(newest(source), tmp_path / f"made_{name}", dp=1, tp=2),
+            newest(tmp_path / f"resaved_{name}"),
+        )
         for rank in range(2):
             assert_same_file(made, want, f"rank_{rank:05d}.safetensors")
         states = [read_json(folder / "state.json") for folder in (made, want)]

@@ -183,7 +183,9 @@ def test_going_back_to_the_newest_step_sets_nothing_aside(options: list[str], ru
     assert contents(run_dir) == before
 
 
-def test_a_checkpoint_that_lies_elsewhere_becomes_the_runs_own(options: list[str], run_dir: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_lies_elsewhere_becomes_the_runs_own(
+    options: list[str], run_dir: Path, tmp_path: Path
+) -> None:
     before = contents(run_dir)
     moved = Path(shutil.copytree(run_dir / "checkpoints" / "step_00000002", tmp_path / "backup" / "of_monday"))
     lines, aside = going_back(options, moved)
@@ -192,7 +194,9 @@ def test_a_checkpoint_that_lies_elsewhere_becomes_the_runs_own(options: list[str
     assert contents(run_dir / "checkpoints" / "step_00000002") == contents(moved)
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000002\n"
     found = contents(run_dir)
-    assert all(data in found.values() for name, data in before.items() if not name.endswith("latest"))  # nothing is lost
+    assert all(
+        data in found.values() for name, data in before.items() if not name.endswith("latest")
+    )  # nothing is lost
     # What is set aside is a run folder: its checkpoints can be gone back to in turn. Here none is later, or at that step.
     assert going_back(options, aside / "checkpoints" / "step_00000004")[1] is None
     assert steps_on_disk(run_dir / "checkpoints") == [4, 2]
@@ -203,7 +207,9 @@ def test_checkpoints_that_cannot_be_gone_back_to(
 ) -> None:
     before = contents(run_dir)
     assert "has no such step. There are: 2, 4." in refuse(*options, "checkpoint.resume=3")
-    assert f"checkpoint.resume={tmp_path / 'no'} does not exist" in refuse(*options, f"checkpoint.resume={tmp_path / 'no'}")
+    assert f"checkpoint.resume={tmp_path / 'no'} does not exist" in refuse(
+        *options, f"checkpoint.resume={tmp_path / 'no'}"
+    )
     assert "distill.nfe=2 (was 4)" in refuse(*options, "checkpoint.resume=2", "distill.nfe=2")
     assert contents(run_dir) == before
     shard = run_dir / "checkpoints" / "step_00000002" / "rank_00000.safetensors"
@@ -239,7 +245,9 @@ def flip_a_bit(checkpoint: Path) -> None:
     shard.write_bytes(content)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_inside_does_not_start_afresh(options: list[str], run_dir: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_inside_does_not_start_afresh(
+    options: list[str], run_dir: Path
+) -> None:
     """Sizes fit, so only the processes, which read the hashes, can see it."""
     for step in steps_on_disk(run_dir / "checkpoints"):
         flip_a_bit(run_dir / "checkpoints" / f"step_{step:08d}")

@@ -17,7 +17,10 @@ from data_pipeline.prepare import prepare  # noqa: E402
 @pytest.fixture(scope="module")
 def online(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("online")
-    prepare(settings(folder / "set", write_folder(folder / "photos", 24), latents="online", prompt_dim=64), show_progress=False)
+    prepare(
+        settings(folder / "set", write_folder(folder / "photos", 24), latents="online", prompt_dim=64),
+        show_progress=False,
+    )
     return folder / "set"
 
 

@@ -13,14 +13,28 @@ from safetensors.torch import save_file
 
 from piflow_dist.config import Config, load_config
 
-COMMON = (*TINY[1:], "policy.num_components=3", "policy.logstd_inner_dim=15", "train.batch_size=4", "data.root=x", "run_dir=x")
+COMMON = (
+    *TINY[1:],
+    "policy.num_components=3",
+    "policy.logstd_inner_dim=15",
+    "train.batch_size=4",
+    "data.root=x",
+    "run_dir=x",
+)
 TIED = ("mode=tied", "lora.rank=3")
-FLUX_TARGETS = r"lora.targets=['transformer_blocks\.\d+\.ff(_context)?\.net\.2','single_transformer_blocks\.\d+\.proj_(mlp|out)']"
+FLUX_TARGETS = (
+    r"lora.targets=['transformer_blocks\.\d+\.ff(_context)?\.net\.2','single_transformer_blocks\.\d+\.proj_(mlp|out)']"
+)
 SCENARIOS = {
     "tied": (*TIED, "train.dtype=bf16", "parallel.recompute_every=1"),
     "tied, offloaded": (*TIED, "parallel.offload_optimizer=true"),
     "full": ("mode=full", "train.dtype=bf16"),
-    "full, all shared out": ("mode=full", "parallel.persistence_threshold=0", "optim.type=sgd", "parallel.recompute_every=2"),
+    "full, all shared out": (
+        "mode=full",
+        "parallel.persistence_threshold=0",
+        "optim.type=sgd",
+        "parallel.recompute_every=2",
+    ),
     "full, one kept whole": ("mode=full", "parallel.persistence_threshold=1024", "policy=dx", "policy.num_nodes=3"),
     "muon": ("mode=full", "optim=muon", "train.dtype=bf16"),
     "flux": (*TIED, "model=flux_tiny", FLUX_TARGETS, "train.dtype=bf16", "parallel.recompute_every=1"),
@@ -77,8 +91,8 @@ def measure(config: Config, topology: Any) -> dict[str, int]:
     import deepspeed
 
     from piflow_dist.distill.ema import Ema
-    from piflow_dist.models.pretrained import open_teacher, plan_training
     from piflow_dist.models.architecture import plan_model
+    from piflow_dist.models.pretrained import open_teacher, plan_training
     from piflow_dist.parallel.zero import FrozenModel, TiedTeacher, TrainedModel
 
     model = TrainedModel(*plan_training(config), topology, config.optim, config.parallel, config.train.dtype)
@@ -180,7 +194,11 @@ def test_the_dry_run_holds_what_zero_holds(measured: dict[str, list], teacher: P
             held = {key: found[key] for key in HELD}
             assert held == {key: planned[key] for key in HELD}, (world, name, rank)
             # A pass of a tied model does not read the other head, nor a backward pass frozen embeddings: much of a tiny model.
-            for phase, most in {"forward": "student_pass", "teacher": "teacher_pass", "backward": "student_pass"}.items():
+            for phase, most in {
+                "forward": "student_pass",
+                "teacher": "teacher_pass",
+                "backward": "student_pass",
+            }.items():
                 # After a backward pass beside a second one it fetches what is trained and kept whole, too.
                 extra = found["padding"] + found["small and trained"]
                 assert 0.7 * planned[most] <= found[phase] <= planned[most] + extra, (name, phase, found)

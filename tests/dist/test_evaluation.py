@@ -111,9 +111,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(inputs: Path) -> dict:
     """By the tool, on 2 processes; also trains the network that the others find in the cache."""
     config = settings(inputs)
-    arguments = [f"{key}={getattr(config, key)}" for key in ("reference", "dataset", "cache", "out", "clip", "batch_size", "resamples")]
+    arguments = [
+        f"{key}={getattr(config, key)}"
+        for key in ("reference", "dataset", "cache", "out", "clip", "batch_size", "resamples")
+    ]
     arguments += [f"samples=[{','.join(config.samples)}]", f"rewards=[{','.join(config.rewards)}]"]
-    command = [sys.executable, str(REPO / "tools" / "evaluate.py"), *arguments, "launch.processes=2", "launch.device=cpu"]
+    command = [
+        sys.executable,
+        str(REPO / "tools" / "evaluate.py"),
+        *arguments,
+        "launch.processes=2",
+        "launch.device=cpu",
+    ]
     done = subprocess.run(command, cwd=inputs, capture_output=True, text=True, timeout=400, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return {"result": json.loads((inputs / "out" / "evaluation.json").read_text()), "printed": done.stdout}
@@ -131,7 +140,9 @@ def test_the_number_of_processes_changes_no_digit(found: dict, inputs: Path, wor
 
 
 def test_what_one_rank_alone_sees_of_a_disk(found: dict, inputs: Path, tmp_path: Path) -> None:
-    run_ranks(look_for_statistics, 2, inputs, write_real(tmp_path / "broken", 8, broken=True), time_limit=300, warm=True)
+    run_ranks(
+        look_for_statistics, 2, inputs, write_real(tmp_path / "broken", 8, broken=True), time_limit=300, warm=True
+    )
 
 
 def write_real(folder: Path, edge: int, broken: bool = False) -> Path:
@@ -165,7 +176,12 @@ def test_features_that_cannot_be_had_cost_no_other_metric(
 ) -> None:
     """The reason is in console, HTML and markdown."""
     samples = write_sized(tmp_path / "samples", 16 if case == "size" else 8, 16 if case in ("size", "one_size") else 8)
-    options: dict[str, object] = {"samples": [str(samples)], "rewards": [], "resamples": 0, "out": str(tmp_path / "out")}
+    options: dict[str, object] = {
+        "samples": [str(samples)],
+        "rewards": [],
+        "resamples": 0,
+        "out": str(tmp_path / "out"),
+    }
     options |= {
         "inception": {"inception": str(tmp_path / "gone.safetensors")},
         "dataset": {"dataset": str(tmp_path / "gone")},
@@ -174,7 +190,10 @@ def test_features_that_cannot_be_had_cost_no_other_metric(
         "broken": {"real": str(write_real(tmp_path / "broken", 8, broken=True))},
     }.get(case, {})
     in_process(settings(inputs, reference=None, **options))
-    reports = [capsys.readouterr().out, *((tmp_path / "out" / f"evaluation.{kind}").read_text() for kind in ("html", "md"))]
+    reports = [
+        capsys.readouterr().out,
+        *((tmp_path / "out" / f"evaluation.{kind}").read_text() for kind in ("html", "md")),
+    ]
     for text in reports:
         assert re.search(said, " ".join(html_lib.unescape(text).split())), text
     row = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"][0]
@@ -196,7 +215,9 @@ def test_what_was_measured(found: dict) -> None:
     assert 0 < values["student"]["latent_relative_error"] < values["few"]["latent_relative_error"]
     assert 0 <= values["student"]["fid_reference"] < values["few"]["fid_reference"]
     assert values["teacher"]["diversity"] == values["teacher"]["diversity_pixels"] == 1
-    assert {"fid", "kid", "inception_score", "precision", "recall", "prompt_accuracy", "bright"} <= values["student"].keys()
+    assert {"fid", "kid", "inception_score", "precision", "recall", "prompt_accuracy", "bright"} <= values[
+        "student"
+    ].keys()
     assert values["student"]["images_per_second"] == IMAGES / 2.0
     assert {"psnr_db", "fid_reference", "latent_relative_error"}.isdisjoint(values["teacher"])
     for row in rows.values():
@@ -230,7 +251,13 @@ def test_the_report_is_one_file(found: dict, inputs: Path) -> None:
 def test_statistics_made_once_give_the_same(found: dict, inputs: Path, tmp_path: Path) -> None:
     """From the set itself, and from the file that stats= wrote."""
     file = tmp_path / "real.safetensors"
-    assert compare(settings(inputs, samples=[], reference=None, rewards=[], stats=str(file), real=str(inputs / "data")), Share())["rows"] == []
+    assert (
+        compare(
+            settings(inputs, samples=[], reference=None, rewards=[], stats=str(file), real=str(inputs / "data")),
+            Share(),
+        )["rows"]
+        == []
+    )
     statistics = RealStatistics.load(file)
     assert statistics.moments.count == 120
     again = compare(settings(inputs, real=str(file), rewards=["bright_reward:bright"]), Share())
@@ -241,7 +268,12 @@ def test_statistics_made_once_give_the_same(found: dict, inputs: Path, tmp_path:
     notes = compare(settings(inputs, real=str(file), rewards=[]), Share())["rows"][0]["notes"]
     assert "made with other weights of a feature network" in notes["fid"] == notes["recall"]
     with pytest.raises(EvaluationError, match="stats=.* cannot be made: real=.* was made with other weights"):
-        compare(settings(inputs, samples=[], reference=None, rewards=[], stats=str(tmp_path / "x.safetensors"), real=str(file)), Share())
+        compare(
+            settings(
+                inputs, samples=[], reference=None, rewards=[], stats=str(tmp_path / "x.safetensors"), real=str(file)
+            ),
+            Share(),
+        )
 
 
 def test_images_that_one_source_could_not_make(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -259,13 +291,23 @@ def test_images_that_one_source_could_not_make(inputs: Path, tmp_path: Path, cap
     for first, other in (("student", "teacher"), ("fewer", "others")):
         names = [first, "few", other] if first == "student" else [first, other]
         config = settings(
-            inputs, samples=[str(tmp_path / name) for name in names], reference=other, rewards=[], out=str(tmp_path / f"out_{first}")
+            inputs,
+            samples=[str(tmp_path / name) for name in names],
+            reference=other,
+            rewards=[],
+            out=str(tmp_path / f"out_{first}"),
         )
         in_process(config)
         measured[first] = json.loads((config.out_dir / "evaluation.json").read_text())["rows"]
     printed = " ".join(capsys.readouterr().out.split())
-    said = "Images compared with teacher, which has 68, from the same prompts and seeds: student 67 of 69; few 68 of 70."
-    for text in (printed, (tmp_path / "out_student/evaluation.md").read_text(), (tmp_path / "out_student/evaluation.html").read_text()):
+    said = (
+        "Images compared with teacher, which has 68, from the same prompts and seeds: student 67 of 69; few 68 of 70."
+    )
+    for text in (
+        printed,
+        (tmp_path / "out_student/evaluation.md").read_text(),
+        (tmp_path / "out_student/evaluation.html").read_text(),
+    ):
         assert said in text
     assert "which has 67, from the same prompts and seeds: fewer all 67." in printed
     found, want = measured["student"][0]["results"], measured["fewer"][0]["results"]
@@ -288,7 +330,9 @@ def in_process(config: EvaluateConfig) -> None:
 
 def test_samples_of_other_noises_are_refused(inputs: Path, tmp_path: Path) -> None:
     other = write_samples(tmp_path / "other", torch.zeros(IMAGES, 1, 8, 8, dtype=torch.uint8), ["another"] * IMAGES)
-    with pytest.raises(EvaluationError, match="other and .*teacher have no prompt and seed in common .the first: 'another' with 1000"):
+    with pytest.raises(
+        EvaluationError, match="other and .*teacher have no prompt and seed in common .the first: 'another' with 1000"
+    ):
         compare(settings(inputs, samples=[str(other)]), Share())
     (inputs / "few" / "images" / "00003_1003.png").rename(tmp_path / "kept.png")
     try:

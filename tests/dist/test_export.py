@@ -88,7 +88,10 @@ def test_an_adapter_folder_is_the_published_layout(students: Path, exports: Path
         "gm_num_logstd_layers": 2, "logweights_channels": 4, "in_channels": 64, "out_channels": 64, "num_layers": 2,
         "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 64, "axes_dims_rope": [4, 6, 6],
     }  # fmt: skip
-    averages, written = read_weights(newest(students / "tied")), load_file(folder / "diffusion_pytorch_model.safetensors")
+    averages, written = (
+        read_weights(newest(students / "tied")),
+        load_file(folder / "diffusion_pytorch_model.safetensors"),
+    )
     for name, value in averages.items():
         scale = 2 if "lora_B" in name else 1  # readers take alpha = rank
         assert torch.equal(written[name.removeprefix("head.")], scale * value), name
@@ -102,7 +105,11 @@ def test_a_dx_adapter_folder_says_where_its_nodes_are(exports: Path) -> None:
         policy = json.loads(file.metadata()["policy_config"])
     assert policy == {"type": "DX", "segment_size": 1 / 3.5, "shift": 2.0}
     written = json.loads((folder / "config.json").read_text())
-    assert (written["_class_name"], written["patch_size"], written["out_channels"]) == ("DXQwenImageTransformer2DModel", 1, 192)
+    assert (written["_class_name"], written["patch_size"], written["out_channels"]) == (
+        "DXQwenImageTransformer2DModel",
+        1,
+        192,
+    )
 
 
 @torch.no_grad()
@@ -141,7 +148,9 @@ def test_adapters_are_merged_in_fp32_and_cast_once(students: Path, teacher_run: 
     name = "transformer_blocks.0.img_mlp.net.2"
     want = base[f"{name}.weight"] + 2 * trained[f"{name}.lora_B.weight"] @ trained[f"{name}.lora_A.weight"]
     assert written.view(f"{name}.weight")[:].dtype == torch.bfloat16
-    assert (written.view(f"{name}.weight")[:] != want.bfloat16()).float().mean() < 0.01  # ties of another summation order
+    assert (
+        written.view(f"{name}.weight")[:] != want.bfloat16()
+    ).float().mean() < 0.01  # ties of another summation order
     assert torch.equal(written.view("img_in.weight")[:], base["img_in.weight"].bfloat16())
     assert all((written.view(name)[:] == 0).all() for name in unread_parameters(2))  # nobody reads or trained them
 
@@ -156,7 +165,9 @@ def test_what_cannot_be_exported_is_refused(students: Path, exports: Path, teach
     assert "mode=full" in refused() and "format=merged" in refused()
     assert "nothing is overwritten" in refused(out=str(exports / "tied-adapter"))
     assert "max_shard_size=tall" in refused(max_shard_size="tall")
-    assert "is not the teacher" in refused(source=str(students / "tied"), format="merged", base=str(exports / "teacher-merged"))
+    assert "is not the teacher" in refused(
+        source=str(students / "tied"), format="merged", base=str(exports / "teacher-merged")
+    )
     assert "base=PATH" in refused(source=str(students / "tied"), format="merged", base="/nowhere")
     assert "mode=full" in refused(source=str(teacher_run))
 
@@ -164,7 +175,9 @@ def test_what_cannot_be_exported_is_refused(students: Path, exports: Path, teach
 def test_the_tool_says_what_it_wrote(students: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from conftest import load_tool
 
-    load_tool("export").run_export([f"source={students / 'tied'}", f"out={tmp_path / 'out'}", "ema=false", "dtype=bf16"])
+    load_tool("export").run_export(
+        [f"source={students / 'tied'}", f"out={tmp_path / 'out'}", "ema=false", "dtype=bf16"]
+    )
     said = capsys.readouterr().out
     assert "26 tensors" in said and "raw weights" in said and f"step {STEPS}" in said
     written, raw = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors"), read_weights(newest(students / "tied"), False)  # fmt: skip

@@ -14,7 +14,15 @@ from safetensors.torch import save_file
 from piflow_dist.config import Config, load_config
 
 WORLD, TP = 4, 2
-OPTIONS = ("model=qwen_image_300m", "data.root=x", "run_dir=x", "lora.rank=64", "train.dtype=bf16", f"launch.processes={WORLD}", f"parallel.tp={TP}")
+OPTIONS = (
+    "model=qwen_image_300m",
+    "data.root=x",
+    "run_dir=x",
+    "lora.rank=64",
+    "train.dtype=bf16",
+    f"launch.processes={WORLD}",
+    f"parallel.tp={TP}",
+)
 
 
 class AnonymousMemory:
@@ -48,8 +56,8 @@ def anonymous_bytes() -> int:
 
 
 def load_teacher(config: Config, topology) -> torch.nn.Module:
-    from piflow_dist.models.pretrained import open_teacher
     from piflow_dist.models.architecture import plan_model
+    from piflow_dist.models.pretrained import open_teacher
     from piflow_dist.parallel.zero import FrozenModel
 
     return FrozenModel(plan_model(config.model), open_teacher(config), topology, config.parallel, config.train.dtype)
@@ -98,8 +106,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights in diffusers' layout, bf16, written block by block."""
     import json
 
-    from piflow_dist.models.pretrained import INDEX
     from piflow_dist.models.architecture import plan_model
+    from piflow_dist.models.pretrained import INDEX
 
     folder = tmp_path_factory.mktemp("base") / "transformer"
     folder.mkdir()

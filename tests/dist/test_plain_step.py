@@ -129,8 +129,16 @@ def test_arithmetic_is_what_torch_counts(mode: str, policy: str) -> None:
     from piflow_dist.models.architecture import plan_model, plan_tied
     from piflow_dist.models.weights import TensorWeights, fill
 
-    options = ("model.attention_head_dim=64", "model.axes_dims_rope=[16,24,24]", "lora.rank=8", f"mode={mode}", f"policy.type={policy}")
-    config = load_config([*TINY, "data.root=x", "run_dir=x", "distill.teacher=x", "policy.logstd_inner_dim=8", *options])
+    options = (
+        "model.attention_head_dim=64",
+        "model.axes_dims_rope=[16,24,24]",
+        "lora.rank=8",
+        f"mode={mode}",
+        f"policy.type={policy}",
+    )
+    config = load_config(
+        [*TINY, "data.root=x", "run_dir=x", "distill.teacher=x", "policy.logstd_inner_dim=8", *options]
+    )
     shapes = {name: torch.zeros(p.shape) for name, p in plan_model(config.model).named_parameters()}
     if mode == "tied":
         model, start = plan_tied(config.model, config.policy, config.lora, TensorWeights(shapes, "zeros"), 0)

@@ -44,12 +44,13 @@ class Launch:
 
     def __init__(self, run_dir: Path, log: Path, *arguments: str):
         self.run_dir, self.log = run_dir, log
-        self.process = subprocess.Popen(
-            [sys.executable, str(REPO / "tools" / "launch.py"), *arguments, f"run_dir={run_dir}"],
-            stdout=open(log, "w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with open(log, "w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(REPO / "tools" / "launch.py"), *arguments, f"run_dir={run_dir}"],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def wait_until(self, reached: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE

@@ -249,7 +249,9 @@ def test_samples_are_a_child_of_the_trainings_mlflow_run(student_run: Path, stud
     from piflow_dist.tracking.tracker import read_run_id, tracking_uri
 
     options = (*STUDENT, "mlflow=true")
-    request = build_request(load_config([f"source={student_run}", f"out={student_images}", *options], SampleConfig, "sample"))
+    request = build_request(
+        load_config([f"source={student_run}", f"out={student_images}", *options], SampleConfig, "sample")
+    )
     publish(request)
     client, training = mlflow.MlflowClient(tracking_uri=tracking_uri(request.run)), read_run_id(student_run)
     (child,) = client.search_runs(
@@ -265,7 +267,9 @@ def test_samples_are_a_child_of_the_trainings_mlflow_run(student_run: Path, stud
 
 def test_a_finished_folder_is_left_alone(student_images: Path, student_run: Path) -> None:
     before = written_at(student_images)
-    said = run_sampler(student_run, student_images, *STUDENT, "nfe=4", "batch_size=2", "seeds=[5,6]", "seed=0", "images_per_prompt=1")
+    said = run_sampler(
+        student_run, student_images, *STUDENT, "nfe=4", "batch_size=2", "seeds=[5,6]", "seed=0", "images_per_prompt=1"
+    )
     assert f"all {IMAGES} images are there" in said
     assert written_at(student_images) == before
 
@@ -360,7 +364,12 @@ def test_an_image_that_cannot_be_made_is_reported_and_embeddings_are_kept(
     (complaint,) = run_ranks(sample_with_faults, 1, job, time_limit=300)
     assert "4 of 6 images could not be made" in complaint
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
-    for words in ("latents are not finite", "pixels are not finite", "not suffice to decode it", "not suffice to sample it"):
+    for words in (
+        "latents are not finite",
+        "pixels are not finite",
+        "not suffice to decode it",
+        "not suffice to sample it",
+    ):
         assert sum(words in reason for reason in reasons) == 1, reasons
     assert_same_images(tmp_path / "out", student_images)
     assert len(lines_of(tmp_path / "out")) == IMAGES - 4

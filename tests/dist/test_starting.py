@@ -31,7 +31,9 @@ class Started:
     resumed: dict[str, Any]
 
 
-def start_config(name: str, students: Path, exports: Path, data: Path, teacher: Path, run_dir: Path, *more: str) -> Config:
+def start_config(
+    name: str, students: Path, exports: Path, data: Path, teacher: Path, run_dir: Path, *more: str
+) -> Config:
     student, source, options = STARTS[name]
     folder = exports / source if (exports / source).exists() else students / source
     return make_config((*student_options(student), f"init_from={folder}", *options, *more), data, teacher, run_dir)

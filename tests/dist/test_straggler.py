@@ -21,7 +21,11 @@ def test_the_slow_ranks_are_named() -> None:
     assert answers[0] == answers[1] == answers[2]
     first, second, third, fourth = answers[0]
     assert first == third == {}
-    assert (second["data_wait_slowest_rank"], second["data_wait_slowest"], second["data_wait_slowest_ratio"]) == (1, 2, 8)
+    assert (second["data_wait_slowest_rank"], second["data_wait_slowest"], second["data_wait_slowest_ratio"]) == (
+        1,
+        2,
+        8,
+    )
     assert second["device_slowest_rank"] == 2 and abs(second["device_slowest_ratio"] - 5) < 1e-5
     assert fourth["data_wait_slowest"] == 0.25  # each measurement is of the steps since the last
 

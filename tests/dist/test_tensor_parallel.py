@@ -7,7 +7,20 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from test_zero import ADAMW, CLIPPED, DATAFREE, MEANFLOW, MIXED, SGD, TEACHING, TIED, Course, make_config, train_steps, whole
+from test_zero import (
+    ADAMW,
+    CLIPPED,
+    DATAFREE,
+    MEANFLOW,
+    MIXED,
+    SGD,
+    TEACHING,
+    TIED,
+    Course,
+    make_config,
+    train_steps,
+    whole,
+)
 from torch.testing import assert_close
 
 WORLDS = {"one": (1, 1), "dp2 x tp2": (4, 2), "tp2": (2, 2)}
@@ -135,5 +148,7 @@ def test_a_tied_model_trains_and_saves_adapters_and_head_alone(outcomes: dict[st
 
 
 def test_the_plan_splits_what_is_large(outcomes: dict[str, Any]) -> None:
-    one, two = (sum(shard.size for shard in outcomes[world][0]["teacher-sgd"].shards.values()) for world in ("one", "tp2"))
+    one, two = (
+        sum(shard.size for shard in outcomes[world][0]["teacher-sgd"].shards.values()) for world in ("one", "tp2")
+    )
     assert two < 0.7 * one

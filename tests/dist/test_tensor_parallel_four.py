@@ -103,19 +103,33 @@ def compare_gradients(rank: int, data: Path, teacher: Path, out: Path) -> None:
                 want = want.chunk(4, dim)[rank]
             size = want.abs().max().item()
             assert_close(
-                found[name], want, rtol=1e-4, atol=1e-5 * size + 1e-7, msg=lambda text, n=name: f"{n}, {adapted=}: {text}"
+                found[name],
+                want,
+                rtol=1e-4,
+                atol=1e-5 * size + 1e-7,
+                msg=lambda text, about=f"{name}, {adapted=}": f"{about}: {text}",
             )
 
 
 def cut_for_eight() -> None:
     """The eight ranks' slices of every parameter, put together, are the parameter; most of the model is split."""
-    from piflow_dist.models.lora import add_adapters
     from piflow_dist.models.architecture import build_teacher
+    from piflow_dist.models.lora import add_adapters
     from piflow_dist.parallel.tensor import split_layers
     from piflow_dist.parallel.topology import partition_dim
 
     eight = ("model.num_attention_heads=8", "model.attention_head_dim=6", "model.axes_dims_rope=[2,2,2]")
-    config = load_config(["model=qwen_image_tiny", *eight, "objective=flow_matching", "data.root=x", "run_dir=x", EVERY_LINEAR, "lora.rank=2"])
+    config = load_config(
+        [
+            "model=qwen_image_tiny",
+            *eight,
+            "objective=flow_matching",
+            "data.root=x",
+            "run_dir=x",
+            EVERY_LINEAR,
+            "lora.rank=2",
+        ]
+    )
     whole = build_teacher(config.model, seed=0)
     add_adapters(whole, config.lora)
     for parameter in whole.parameters():

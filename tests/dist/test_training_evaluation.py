@@ -195,7 +195,9 @@ def test_a_training_that_was_stopped_evaluates_the_same(runs: tuple[Path, list])
 def test_an_evaluation_made_up_for_leaves_the_step_s_own(runs: tuple[Path, list]) -> None:
     """That of step 2 is made by the run that goes on, whose next row has one of its own; both have files."""
     found = rows_of(runs[0] / "full-each")
-    files = [json.loads((runs[0] / "full-each" / "evaluation" / f"step_{step:08d}.json").read_text()) for step in (2, 3)]
+    files = [
+        json.loads((runs[0] / "full-each" / "evaluation" / f"step_{step:08d}.json").read_text()) for step in (2, 3)
+    ]
     assert [row["step"] for row in found] == [1, 2, 3] and "eval_psnr_db" not in found[1]
     for key in OF_EVALUATION:
         assert found[2][key] == files[1]["values"][key] != files[0]["values"][key], key

@@ -118,11 +118,19 @@ def test_the_rank_that_raised_is_the_one_that_is_heard(start: Callable[..., Job]
     job = start("raises")
     codes, said = job.end()
     assert codes == [FAILED, FAILED, FAILED]
-    assert "ValueError: a shard is damaged\nRank 1 failed in step 12, data. The others: rank 0, 2: step 12, loss." in said[1]
+    assert (
+        "ValueError: a shard is damaged\nRank 1 failed in step 12, data. The others: rank 0, 2: step 12, loss."
+        in said[1]
+    )
     assert "Traceback" not in said[0] + said[2] and "Connection" not in said[0] + said[2]
     assert "Rank 1 has failed: this one ends too, in step 12, loss." in job.log(0)
     failure = read_failure(job.run_dir)
-    assert (failure.rank, failure.step, failure.phase, failure.reason) == (1, 12, "data", "ValueError: a shard is damaged")
+    assert (failure.rank, failure.step, failure.phase, failure.reason) == (
+        1,
+        12,
+        "data",
+        "ValueError: a shard is damaged",
+    )
 
 
 def test_a_rank_that_hangs_is_named_with_its_step_phase_and_stacks(start: Callable[..., Job]) -> None:

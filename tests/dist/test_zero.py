@@ -266,7 +266,10 @@ class PlainModel:
         """By a difference in float64, which shares nothing with forward-mode differentiation."""
         exact, h = copy.deepcopy(self.module).double().eval(), 1e-6
         moved = [
-            [value if tangent is None else value.double() + step * tangent.double() for value, tangent in zip(inputs, tangents, strict=True)]
+            [
+                value if tangent is None else value.double() + step * tangent.double()
+                for value, tangent in zip(inputs, tangents, strict=True)
+            ]
             for step in (h, -h)
         ]
         with torch.no_grad():
@@ -459,7 +462,13 @@ def test_a_meanflow_student_is_sampled_at_any_number_of_steps(
     for nfe, sigmas in ((1, [1.0, 0.0]), (3, [1.0, 0.6, 0.2, 0.0])):  # the last step is half as long
         options = [f"source={run}", f"out={tmp_path / str(nfe)}", f"nfe={nfe}", "launch.device=cpu"]
         request = build_request(load_config(options, SampleConfig, "sample"))
-        texts_of = dict(zip(request.dataset.prompts, load_prompt_encoder(request.dataset.prompt_encoder).encode(list(request.dataset.prompts)), strict=True))
+        texts_of = dict(
+            zip(
+                request.dataset.prompts,
+                load_prompt_encoder(request.dataset.prompt_encoder).encode(list(request.dataset.prompts)),
+                strict=True,
+            )
+        )
         sampler, latents = sample_here(request)
         images, found = sampler.request.images[:2], latents[:2]
         x = torch.stack(
@@ -469,7 +478,9 @@ def test_a_meanflow_student_is_sampled_at_any_number_of_steps(
         for sigma, after in itertools.pairwise(sigmas):
             spans = torch.tensor([sigma]), None, torch.tensor([sigma - after])
             mean = [
-                sampler.network(x[i : i + 1], spans[0], texts[i][None], torch.ones(1, len(texts[i])).bool(), *spans[1:])["mean"]
+                sampler.network(
+                    x[i : i + 1], spans[0], texts[i][None], torch.ones(1, len(texts[i])).bool(), *spans[1:]
+                )["mean"]
                 for i in range(2)
             ]
             x = x - (sigma - after) * torch.cat(mean)
