@@ -26,7 +26,7 @@ demo: $(STAMP)  ## Distil a small Qwen-Image teacher on this machine (DEMO=gmm, 
 	$(BIN)/python tools/demo.py variant=$(DEMO) $(if $(QUICK),quick=$(QUICK) out=outputs/demo_quick)
 
 test: $(STAMP)  ## Run all tests (TESTS=tests/unit for a part)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(TESTS)
+	$(BIN)/python -m pytest -n 2 $(TESTS)
 
 lint: $(STAMP)  ## Check style
 	$(BIN)/ruff check .

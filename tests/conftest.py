@@ -92,11 +92,17 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup` (make test) the tests that start ranks and jobs run one after the other, all others beside them."""
-    for item in items:
-        folder = item.path.relative_to(REPO / "tests").parts[0]
-        item.add_marker(pytest.mark.xdist_group("processes" if folder in ("dist", "slurm") else folder))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """For `-n 2` (make test): the tests that start ranks and jobs run one after the other, all others beside them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Rows(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folder = nodeid.removeprefix("tests/").split("/")[0]
+            return "processes" if folder in ("dist", "slurm") else folder
+
+    return Rows(config, log)
 
 
 def run_tool(name: str, *arguments: str, time_limit: float = 300.0) -> subprocess.CompletedProcess:
