@@ -153,7 +153,7 @@ def load_description(root: str | Path) -> DatasetDescription:
     path = Path(root) / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"No data set in {root}: {path} is missing. Make one with `python tools/prepare_data.py out={root}`."
+            f"No data set in {root}: {path} is missing. Make one with tools/prepare_data.py, or give its place (docs/data.md)."
         )
     try:
         content = json.loads(path.read_text())

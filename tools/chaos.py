@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from piflow_dist.cli import fail, run_tool  # noqa: E402
 from piflow_dist.config import load_config  # noqa: E402
+from piflow_dist.help import explain_keys  # noqa: E402
 from piflow_dist.launch.chaos import Chaos, ChaosConfig, print_summary  # noqa: E402
 
 
@@ -23,4 +24,4 @@ def chaos(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(chaos, sys.argv[1:], __doc__)
+    run_tool(chaos, sys.argv[1:], f"{__doc__}\nKeys and defaults:\n{explain_keys(ChaosConfig)}")

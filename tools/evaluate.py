@@ -1,6 +1,6 @@
 """Compare samples: python tools/evaluate.py samples=[DIR,DIR] reference=DIR [inception=FILE real=IMAGES | dataset=DIR] [key=value ...]
 
-sources=[{source:RUN,nfe:2},{source:TEACHER,steps:50,guidance:4}] samples first, as tools/sample.py does. stats=FILE real=IMAGES makes
+"sources=[{source:RUN,nfe:2},{source:TEACHER,steps:50,guidance:4}]" samples first, as tools/sample.py does. stats=FILE real=IMAGES makes
 statistics of real images once. Writes evaluation.html, .md and .json into out= (docs/evaluation.md).
 """
 

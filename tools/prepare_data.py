@@ -17,7 +17,7 @@ from piflow_dist.parallel.topology import LAUNCHER_PID, die_with_parent
 
 def main(arguments: list[str]) -> int:
     if {"-h", "--help", "help"} & set(arguments):
-        print(f"{__doc__}\nSettings and their defaults (data_pipeline/prepare.py explains them):")
+        print(f"{__doc__}\nSettings and their defaults (data_pipeline/prepare_settings.py explains them):")
         print(list_settings(PrepareConfig))
         return 0
     try:

@@ -10,7 +10,7 @@ BASELINES = ("meanflow", "shortcut_regression")
 
 @dataclass(kw_only=True)
 class GuidanceConfig:
-    """Classifier-free guidance of the teacher; DESIGN section 4."""
+    """Classifier-free guidance of the teacher (flow/guidance.py)."""
 
     scale: float = 4.0
     interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
@@ -54,7 +54,7 @@ class MeanFlowConfig:
 
 @dataclass(kw_only=True)
 class DistillConfig:
-    """Imitation distillation (pi-ID); DESIGN section 4. The baselines share the teacher, its guidance and the segments."""
+    """Imitation distillation (pi-ID). The baselines share the teacher, its guidance and the segments."""
 
     teacher: str | None = None
     """Run folder or checkpoint folder of the teacher."""

@@ -79,7 +79,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
-    """sigma = warp(tau); DESIGN section 3."""
+    """sigma = warp(tau), in flow/schedule.py."""
 
     shift: float = 3.2
     dynamic: bool = False

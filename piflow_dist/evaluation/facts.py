@@ -21,6 +21,7 @@ SETTINGS = {
     "Nodes N": "policy.num_nodes",
     "Student NFE": "distill.nfe",
     "Teacher guidance": "distill.guidance.scale",
+    "Guidance interval": "distill.guidance.interval",
     "Optimizer": "optim.type",
     "Training steps": "train.steps",
     "Batch size": "train.batch_size",
@@ -61,13 +62,7 @@ def chosen_settings(settings: DictConfig) -> dict[str, str]:
 
 
 def sampling_settings(folders: Iterable[SampleFolder]) -> dict[str, str]:
-    guidance = sorted(
-        {
-            str(folder.meta["guidance"])
-            for folder in folders
-            if folder.kind == "teacher" and folder.meta.get("guidance") is not None
-        }
-    )
+    guidance = sorted({folder.guidance for folder in folders if folder.guidance})
     return {"Guidance of the sampled teacher": ", ".join(guidance)} if guidance else {}
 
 

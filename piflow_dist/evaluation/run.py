@@ -13,6 +13,7 @@ from piflow_dist.evaluation.settings import EvaluateConfig, sample_settings
 from piflow_dist.launch.local import run_workers
 from piflow_dist.launch.lock import only_user
 from piflow_dist.sampling.run import sample
+from piflow_dist.sampling.settings import build_request
 from piflow_dist.tracking.journal import read_identity
 from piflow_dist.tracking.tracker import log_evaluation
 
@@ -23,6 +24,8 @@ def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Paths | None]:
     """(numbers, report); the report is None where only statistics were made. Raises EvaluationError and ConfigError."""
     requests = [sample_settings(config, entry) for entry in config.sources]
     check_inputs(config)
+    for request in requests:
+        build_request(request)  # refuses what cannot be sampled before the first of them is
     out = config.out_dir
     out.mkdir(parents=True, exist_ok=True)
     with only_user(out / ".lock", f"out={out}"):
@@ -44,8 +47,10 @@ def check_inputs(config: EvaluateConfig) -> None:
         if len(same) > 1:
             raise EvaluationError(
                 f"{same[0]} and {same[1]} are both named {name}, which results are kept by. Rename a folder, or give a source a "
-                "name: sources=[{source:RUN,name:NAME}]."
+                'name: "sources=[{source:RUN,name:NAME}]".'
             )
+    if config.run not in (None, "none") and not (Path(config.run) / "config.yaml").is_file():
+        raise EvaluationError(f"run={config.run} is no run folder: it has no config.yaml. Use run=none for no record.")
     if config.reference is None or config.reference in named:
         return
     reference = Path(config.reference)
@@ -76,7 +81,7 @@ def finish(config: EvaluateConfig) -> tuple[dict[str, Any], Paths | None]:
     if not result["rows"]:
         return result, None
     paths = write_comparison(result, config.out_dir, config.name)
-    run_dir = Path(config.run) if config.run is not None else run_of(result)
+    run_dir = None if config.run == "none" else Path(config.run) if config.run is not None else run_of(result)
     if run_dir is not None:
         log_evaluation(run_dir, config.name, tracked_values(result), [paths.html, paths.markdown, *paths.pictures])
     return result, paths

@@ -53,8 +53,15 @@ class SampleFolder:
     @property
     def long_title(self) -> str:
         """The same where teachers may differ in their guidance."""
-        guidance = self.meta.get("guidance") if self.kind == "teacher" else None
-        return self.title + (f", guidance {guidance:g}" if guidance and guidance > 1 else "")
+        return self.title + (f", guidance {self.guidance}" if self.guidance else "")
+
+    @property
+    def guidance(self) -> str:
+        """Of a teacher's samples, as "3.2 in [0, 0.7]"; empty where there is none."""
+        scale, (low, high) = self.meta.get("guidance"), self.meta.get("guidance_interval") or (0, 1)
+        if self.kind != "teacher" or scale is None or scale <= 1:
+            return ""
+        return f"{scale:g}" + ("" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]")
 
     @property
     def phrase(self) -> str:

@@ -1,6 +1,7 @@
 """Settings of tools/evaluate.py."""
 
 import dataclasses
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,9 @@ from piflow_dist.config import ConfigError, LaunchConfig, load_config, require, 
 from piflow_dist.evaluation.quality import QUALITY
 from piflow_dist.sampling.settings import SampleConfig
 
+UNSAFE = re.compile(r"[^\w.-]+")
+"""What has no place in the name of a folder."""
+
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
@@ -21,7 +25,7 @@ class EvaluateConfig:
     samples: list[str] = field(default_factory=list)
     """Folders that tools/sample.py wrote: samples=[DIR,DIR,...]."""
     sources: list[dict[str, Any]] = field(default_factory=list)
-    """What to sample first, settings of tools/sample.py each: sources=[{source:RUN,nfe:2},{source:TEACHER,steps:50,guidance:4}]."""
+    """What to sample first, settings of tools/sample.py each: "sources=[{source:RUN,nfe:2},{source:TEACHER,steps:50,guidance:4}]"."""
     prompts: str | None = None
     """Of sources: text file, one prompt a line; default: the captions that the training data lists."""
     images_per_prompt: int = 1
@@ -57,7 +61,8 @@ class EvaluateConfig:
     cache: str = "outputs/feature_net"
     """Folder that keeps trained feature networks and statistics of real images."""
     run: str | None = None
-    """Training run whose MLflow run gets the result as a child; default: that of the first student; none: no record."""
+    """Training run whose MLflow run gets the result as a child; default: that of the first student that is tracked; `none`: no
+    record."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self):
@@ -138,5 +143,9 @@ def source_name(entry: dict[str, Any]) -> str:
     """name=, or the run's with what differs from its defaults: student_nfe2."""
     if "name" in entry:
         return str(entry["name"])
-    settings = [f"{key}{value}" for key, value in entry.items() if key not in ("source", "base", "dataset", "out")]
+    settings = [
+        f"{key}{UNSAFE.sub('-', str(value)).strip('-')}"
+        for key, value in entry.items()
+        if key not in ("source", "base", "dataset", "out")
+    ]
     return "_".join([Path(entry["source"]).name, *settings])

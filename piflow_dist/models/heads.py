@@ -56,7 +56,7 @@ class VelocityHead(nn.Module):
 
 
 class GMHead(nn.Module):
-    """Means, one log standard deviation per sample and log-weights of a GMFlow policy (DESIGN section 4, "Students")."""
+    """Means, one log standard deviation per sample and log-weights of a GMFlow policy."""
 
     takes_span = False
 

@@ -50,9 +50,7 @@ class ImageRequest:
 
     @property
     def noise_seed(self) -> int:
-        """Of the image's own generator. The prompt is in it, or a set of images with one seed would share one noise."""
-        digest = hashlib.blake2b(f"{self.seed},{self.prompt}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
+        return noise_seed(self.seed, self.prompt)
 
     def is_whole(self, out: Path, latents: bool) -> bool:
         return is_png(out / self.file) and (not latents or (out / self.latents_file).is_file())
@@ -151,3 +149,9 @@ class replacing:  # noqa: N801 (read as a phrase)
             os.replace(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)
+
+
+def noise_seed(seed: int, prompt: str) -> int:
+    """Of an image's own generator. The prompt is in it, or a set of images with one seed would share one noise."""
+    digest = hashlib.blake2b(f"{seed},{prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -4,7 +4,6 @@ MLflow stores this file itself and runs it ("models from code"): nothing is pick
 it (40 GB) and the data set that says codec and prompt encoder are places, which load_model(uri, model_config={...}) can change.
 """
 
-import hashlib
 import io
 import logging
 from typing import Any
@@ -24,6 +23,7 @@ from piflow_dist.flow.solvers import policy_sample
 from piflow_dist.models.heads import make_policy
 from piflow_dist.models.pretrained import load_model
 from piflow_dist.parallel.topology import choose_device
+from piflow_dist.sampling.images import noise_seed
 from piflow_dist.sampling.settings import SampleConfig, resolve_source
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,9 @@ class StudentModel(PythonModel):
     def _sample(self, prompts: list[str], seeds: list[int], nfe: int) -> Tensor:
         """Pixels (B,c,h,w) in [-1, 1]; an image depends on its prompt, seed and nfe."""
         run, schedule = self.run, self.schedule
-        generators = [torch.Generator().manual_seed(noise_seed(seed)) for seed in seeds]
+        generators = [
+            torch.Generator().manual_seed(noise_seed(seed, prompt)) for seed, prompt in zip(seeds, prompts, strict=True)
+        ]
         noise_BCHW = torch.stack([torch.randn(self.shape, generator=g) for g in generators]).to(self.device)
         text_BLD, mask_BL = (tensor.to(self.device) for tensor in pad_prompts(self.encoder.encode(prompts)))
 
@@ -90,11 +92,6 @@ class StudentModel(PythonModel):
             generators=generators,
         )
         return self.codec.decode(latents_BCHW)
-
-
-def noise_seed(seed: int) -> int:
-    """As tools/sample.py seed=SEED has for its first image."""
-    return int.from_bytes(hashlib.blake2b(f"{seed},0".encode(), digest_size=8).digest(), "little") >> 1
 
 
 def as_png(image_chw: Tensor) -> bytes:

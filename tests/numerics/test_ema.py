@@ -1,4 +1,4 @@
-"""The EMA decay of karras et al. as DESIGN section 4 states it: beta = (1 - 1/t)^(gamma + 1)."""
+"""The EMA decay of karras et al. (arXiv 2312.02696): beta = (1 - 1/t)^(gamma + 1)."""
 
 from fractions import Fraction
 

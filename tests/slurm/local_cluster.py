@@ -1,6 +1,6 @@
 """A real SLURM on this machine for tests: munged, slurmctld and two slurmd with pretended GPUs, in one folder.
 
-DESIGN section 11. Free ports and a folder of its own, so that it disturbs no other SLURM; what a killed test run left
+Free ports and a folder of its own, so that it disturbs no other SLURM; what a killed test run left
 running is found by the configuration in its environment and ended at the next start.
 """
 

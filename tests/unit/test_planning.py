@@ -40,7 +40,7 @@ def refused(*overrides: str) -> str:
 
 
 def test_the_published_model() -> None:
-    """DESIGN section 6: 20,430,401,088 parameters; a block is 648 MiB in bf16."""
+    """Qwen-Image has 20,430,401,088 parameters; a block is 648 MiB in bf16."""
     model = plan_model(load_config(["experiment=qwen_gmm"]).model)
     assert sum(p.numel() for p in model.parameters()) == 20_430_401_088
     block = 2 * sum(p.numel() for p in model.transformer_blocks[0].parameters())
