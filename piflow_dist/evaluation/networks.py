@@ -181,13 +181,18 @@ class Reward:
             raise NotMeasurable(f"rewards={entry} cannot be loaded: {_brief(error)}") from error
 
     def score(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
-        """(B,) float64. Raises NotMeasurable where the function fails or gives another number of scores."""
+        """(B,) float64. Raises NotMeasurable where the function fails, or gives no numbers or another number of them."""
         pictures = [Image.fromarray(as_rgb(image[None])[0].permute(1, 2, 0).numpy()) for image in images]
         try:
             scores = self.function(pictures, list(prompts))
         except Exception as error:  # somebody else's code and weights: the other metrics go on
             raise NotMeasurable(f"{self.name} failed: {type(error).__name__}: {_brief(error)}") from error
-        scores_B = torch.as_tensor(scores, dtype=torch.float64).detach().cpu().reshape(-1)
+        try:
+            scores_B = torch.as_tensor(scores, dtype=torch.float64).detach().cpu().reshape(-1)
+        except Exception as error:  # whatever it gave
+            raise NotMeasurable(
+                f"{self.name} gave no number an image: {type(error).__name__}: {_brief(error)}"
+            ) from error
         if len(scores_B) != len(images):
             raise NotMeasurable(f"{self.name} gave {len(scores_B)} scores for {len(images)} images.")
         return scores_B

@@ -153,6 +153,8 @@ def test_scores_of_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "    return [image.getpixel((0, 0))[0] for image in images]\n"
         "def broken(images, prompts):\n    raise FileNotFoundError('hps.safetensors')\n"
         "def short(images, prompts):\n    return [1.0]\n"
+        "def nothing(images, prompts):\n    pass\n"
+        "def ragged(images, prompts):\n    return [[1.0], [1.0, 2.0], 3.0]\n"
     )
     monkeypatch.chdir(tmp_path)
     batch = images(3, 4, 4, channels=1)
@@ -161,6 +163,9 @@ def test_scores_of_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         Reward.load("my_rewards:broken").score(list(batch), ["a", "b", "c"])
     with pytest.raises(NotMeasurable, match="short gave 1 scores for 3 images"):
         Reward.load("my_rewards:short").score(list(batch), ["a", "b", "c"])
+    for name in ("nothing", "ragged"):
+        with pytest.raises(NotMeasurable, match=f"{name} gave no number an image: "):
+            Reward.load(f"my_rewards:{name}").score(list(batch), ["a", "b", "c"])
     with pytest.raises(NotMeasurable, match="rewards=my_rewards:none cannot be loaded"):
         Reward.load("my_rewards:none")
     sys.modules.pop("my_rewards", None)
