@@ -5,7 +5,10 @@ N real images  D features
 
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,7 +81,8 @@ class RealStatistics:
             tensors |= {"patch_mean": self.patch_moments.mean_D, "patch_covariance": self.patch_moments.covariance_DD}
         facts = {"network": self.network, "title": self.title, "content": self.content, "count": self.moments.count}
         facts["patch_count"] = self.patch_moments.count if self.patch_moments else 0
-        partial = path.with_name(f".{path.name}")
+        # Evaluations on several nodes may share the cache.
+        partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(
@@ -88,6 +92,8 @@ class RealStatistics:
             )
             partial.replace(path)
         except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                partial.unlink()
             raise EvaluationError(
                 f"{path} cannot be written ({error}). Set cache=DIR, or another stats=FILE."
             ) from error
