@@ -6,6 +6,7 @@ group make the same ones. What training reads is left as it was: random states, 
 B images  C latent channels  H W latent size  L text tokens  D width; images are (B, c, h, w) with their own size
 """
 
+import gc
 import hashlib
 import io
 import json
@@ -40,6 +41,7 @@ from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.flow.solvers import euler_sample, policy_sample
 from piflow_dist.parallel.topology import Topology
 from piflow_dist.parallel.zero import FrozenModel, TiedTeacher, TrainedModel
+from piflow_dist.sampling.control import PATIENCE
 
 log = logging.getLogger(__name__)
 
@@ -227,16 +229,33 @@ def read_prompts(config: Config, description: DatasetDescription) -> list[str]:
 
 def encode(prompts: list[str], description: DatasetDescription, topology: Topology) -> tuple[Tensor, Tensor]:
     """(text, mask), on the CPU of every rank, padded over all prompts, so that an image does not depend on its batch."""
-    told: list[Any] = [None]
-    if topology.is_main:
-        encoder = load_prompt_encoder(description.prompt_encoder)
-        for index, prompt in enumerate(prompts):
-            if cut := encoder.cut(prompt):
-                log.warning("evaluation.prompts: prompt %d is cut: %s", index, cut)
-        told = [pad_prompts(encoder.encode(prompts))]
-    dist.broadcast_object_list(told, src=0, device=topology.device)
-    text_BLD, mask_BL = told[0]
-    return text_BLD.cpu(), mask_BL.cpu()
+    # The others wait while a model is read, which may take longer than a collective of the training.
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    told: list[Any] = [encode_here(prompts, description, topology.device) if topology.is_main else None]
+    dist.broadcast_object_list(told, src=0, group=group)
+    return told[0]
+
+
+def encode_here(prompts: list[str], description: DatasetDescription, device: torch.device) -> tuple[Tensor, Tensor]:
+    """By an encoder on `device`, or on the CPU where it finds no room beside the training's models; it is gone afterwards."""
+    try:
+        found = encode_on(device, prompts, description)
+    except torch.OutOfMemoryError:
+        log.info("evaluation.prompts: %s has no room for the encoder; they are encoded on the CPU", device)
+        found = None
+    if device.type != "cpu":
+        gc.collect()
+        torch.accelerator.empty_cache()
+    return found or encode_on(torch.device("cpu"), prompts, description)
+
+
+def encode_on(device: torch.device, prompts: list[str], description: DatasetDescription) -> tuple[Tensor, Tensor]:
+    encoder = load_prompt_encoder(description.prompt_encoder, device)
+    found = pad_prompts(encoder.encode(prompts))
+    for index, prompt in enumerate(prompts):
+        if cut := encoder.cut(prompt):
+            log.warning("evaluation.prompts: prompt %d is cut: %s", index, cut)
+    return found
 
 
 @contextmanager
