@@ -31,7 +31,7 @@ LEVEL = 0.95
 
 BOOTSTRAP = (
     f"Intervals ({LEVEL:.0%}): images of the source are drawn anew with replacement (fixed seed), the reference's with their "
-    "partners; real images stay as they are. The quantiles of the results are moved so that their mean is the value, since drawing "
+    "partners; real images stay as they are, but for recall, which is a share of them: there they are drawn. The quantiles of the results are moved so that their mean is the value, since drawing "
     "an image twice biases distances between sets. For diversity whole prompts are drawn."
 )
 
