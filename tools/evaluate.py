@@ -14,7 +14,7 @@ from rich.table import Table
 from data_pipeline.errors import DataError
 from piflow_dist.cli import fail, run_tool
 from piflow_dist.evaluation.comparison import Paths, metrics_of, notes_of, pairs_of, shown
-from piflow_dist.evaluation.run import evaluate
+from piflow_dist.evaluation.run import check, evaluate
 from piflow_dist.evaluation.samples import EvaluationError
 from piflow_dist.evaluation.settings import EvaluateConfig, load_evaluation
 from piflow_dist.help import explain_keys
@@ -23,10 +23,16 @@ from piflow_dist.help import explain_keys
 def main(arguments: list[str]) -> None:
     config = load_evaluation(arguments)
     try:
-        result, paths = evaluate(config)
+        if config.launch.dry_run:
+            check(config)
+            print(f"Everything checked; {config.launch.processes} processes would measure. Folder: {config.out_dir}")
+            return
+        result, paths, lacking = evaluate(config)
     except (EvaluationError, DataError, OSError) as error:
         fail(f"error: {error}", 2)
     show(config, result, paths)
+    if lacking:
+        fail("error: " + "\n".join(lacking), 1)
 
 
 def show(config: EvaluateConfig, result: dict[str, Any], paths: Paths | None) -> None:

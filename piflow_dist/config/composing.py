@@ -46,7 +46,7 @@ def explain(error: Exception, structured: Any) -> str:
         group = Path(str(error.missing_cfg_file)).parent
         return f"{text}. Choose one of: {', '.join(sorted(path.stem for path in (CONFIG_DIR / group).glob('*.yaml')))}."
     key = getattr(cause, "full_key", None)
-    if not key:
+    if not key or not isinstance(key, str):  # a number: a place in a list
         return f"{text}."
     parent = OmegaConf.select(structured, key.rpartition(".")[0]) if "." in key else structured
     names = ", ".join(str(name) for name in parent) if isinstance(parent, DictConfig) else ""

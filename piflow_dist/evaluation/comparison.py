@@ -2,6 +2,7 @@
 
 import base64
 import json
+import logging
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,8 @@ from piflow_dist.evaluation.metrics import Metric
 from piflow_dist.evaluation.quality import QUALITY
 from piflow_dist.evaluation.report import render
 from piflow_dist.evaluation.samples import EvaluationError, SampleFolder, distinct_titles, open_samples
+
+log = logging.getLogger(__name__)
 
 COLUMNS = 8
 GRIDS = 3
@@ -106,7 +109,7 @@ def draw(titled: list[tuple[str, SampleFolder]]) -> dict[str, bytes]:
 
 
 def write_comparison(result: dict[str, Any], out: Path, name: str) -> Paths:
-    """<name>.html (pictures inside), <name>.md (pictures in figures/) and <name>.json; the HTML last. Raises EvaluationError."""
+    """<name>.html (pictures inside), <name>.md (pictures in figures/) and <name>.json; of these the HTML last. Raises EvaluationError."""
     folders = [open_samples(row["folder"]) for row in result["rows"]]
     if result["reference"] is not None and result["reference_folder"] not in {row["folder"] for row in result["rows"]}:
         folders.append(open_samples(result["reference_folder"]))
@@ -141,15 +144,23 @@ def write_comparison(result: dict[str, Any], out: Path, name: str) -> Paths:
     linked = {key: f"figures/{path.name}" for key, path in files.items()}
     paths = Paths(out / f"{name}.html", out / f"{name}.md", out / f"{name}.json", list(files.values()))
     write_atomically(paths.numbers, json.dumps(result, indent=1) + "\n")
-    for row in result["rows"]:  # beside the images too, as the demo's report does
-        beside = {key: value for key, value in result.items() if key != "rows"} | row
-        write_atomically(Path(row["folder"]) / "metrics.json", json.dumps(beside, indent=1) + "\n")
     plain = [replace(metric, title=metric.title.replace("|", "/")) for metric in present]
     write_atomically(
         paths.markdown, render("evaluation.md.j2", context | {"pictures": linked, "metrics": plain}, escape=False)
     )
     write_atomically(paths.html, render("evaluation.html.j2", context | {"pictures": inline}, escape=True))
+    for row in result["rows"]:
+        write_beside(row, result)
     return paths
+
+
+def write_beside(row: dict[str, Any], result: dict[str, Any]) -> None:
+    """A source's numbers beside its images too, as the demo's report does, where that folder may be written."""
+    numbers = {key: value for key, value in result.items() if key != "rows"} | row
+    try:
+        write_atomically(Path(row["folder"]) / "metrics.json", json.dumps(numbers, indent=1) + "\n")
+    except EvaluationError as error:
+        log.warning("%s The report has these numbers too.", error)
 
 
 def tracked_values(result: dict[str, Any]) -> dict[str, float]:

@@ -67,15 +67,20 @@ def open_tools(config: EvaluateConfig, share: Share, sample: Tensor | None) -> T
     source = config.real or config.dataset
     if source is None:
         tools.notes["real"] = "there are no real images. Set real= to a prepared set, a folder of images or statistics."
-    elif not is_remote(source) and not Path(source).exists():
-        tools.notes["real"] = f"real={source} does not exist."
-    elif tools.network is not None:
+    elif attempt("real", lambda: existing(source)) is not None and tools.network is not None:
         cache = Path(config.cache)
         tools.real = attempt(
             "real",
             lambda: real_statistics(source, config.real_split, tools.network, share, config.batch_size, cache),
         )
     return tools
+
+
+def existing(source: str) -> str:
+    """Raises NotMeasurable where this rank does not see it: a folder may be missing on one node alone."""
+    if not is_remote(source) and not Path(source).exists():
+        raise NotMeasurable(f"real={source} does not exist.")
+    return source
 
 
 def scorers(tools: Tools) -> dict[str, Callable[[list[Tensor], list[str]], Tensor]]:

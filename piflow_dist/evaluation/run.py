@@ -5,34 +5,63 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from piflow_dist.checkpoint.files import read_json
 from piflow_dist.config import save_config
 from piflow_dist.evaluation.compare import RESULT
 from piflow_dist.evaluation.comparison import Paths, tracked_values, write_comparison
 from piflow_dist.evaluation.samples import EvaluationError, open_samples
 from piflow_dist.evaluation.settings import EvaluateConfig, sample_settings
-from piflow_dist.launch.local import run_workers
+from piflow_dist.launch.local import WorkerFailed, run_workers
 from piflow_dist.launch.lock import only_user
+from piflow_dist.sampling.gather import FAILURES, META
 from piflow_dist.sampling.run import sample
-from piflow_dist.sampling.settings import build_request
+from piflow_dist.sampling.settings import SampleConfig, build_request
 from piflow_dist.tracking.journal import read_identity
 from piflow_dist.tracking.tracker import log_evaluation
 
 log = logging.getLogger(__name__)
 
 
-def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Paths | None]:
-    """(numbers, report); the report is None where only statistics were made. Raises EvaluationError and ConfigError."""
-    requests = [sample_settings(config, entry) for entry in config.sources]
-    check_inputs(config)
-    for request in requests:
-        build_request(request)  # refuses what cannot be sampled before the first of them is
+def evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], Paths | None, list[str]]:
+    """(numbers, report, what sources lack); the report is None where only statistics were made.
+
+    Raises EvaluationError and ConfigError, and WorkerFailed where a process failed.
+    """
+    requests = check(config)
     out = config.out_dir
     out.mkdir(parents=True, exist_ok=True)
     with only_user(out / ".lock", f"out={out}"):
-        config.samples = [*config.samples, *(str(sample(request)) for request in requests)]
+        lacking = list(filter(None, map(sample_source, requests)))
+        config.samples = [*config.samples, *(request.out for request in requests)]
         settings = prepare(config)
         run_workers("piflow_dist.evaluation.compare", [str(settings)], config.launch, out / "logs")
-        return finish(config)
+        return *finish(config), lacking
+
+
+def check(config: EvaluateConfig) -> list[SampleConfig]:
+    """What to sample. Raises EvaluationError and ConfigError for what cannot be done, before the first image is made."""
+    requests = [sample_settings(config, entry) for entry in config.sources]
+    check_inputs(config)
+    for request in requests:
+        build_request(request)
+    return requests
+
+
+def sample_source(config: SampleConfig) -> str:
+    """Make the folder of a source. Returns which images could not be made, in words; the others are compared.
+
+    Raises WorkerFailed where there are no others, or sampling did not come to its end.
+    """
+    try:
+        sample(config)
+    except WorkerFailed as failure:
+        out = Path(config.out)
+        # Sampling removes both before it begins.
+        if not ((out / META).is_file() and (out / FAILURES).is_file() and read_json(out / META)["images"]):
+            raise
+        log.warning("%s", failure)
+        return str(failure)
+    return ""
 
 
 def check_inputs(config: EvaluateConfig) -> None:

@@ -116,7 +116,16 @@ def load_evaluation(overrides: list[str]) -> EvaluateConfig:
         key, equals, value = override.partition("=")
         single = equals and key in LISTS and not value.startswith("[")
         whole.append(f"{key}=[{value}]" if single else override)
-    return load_config(whole, EvaluateConfig, "evaluate")
+    try:
+        return load_config(whole, EvaluateConfig, "evaluate")
+    except ConfigError as error:
+        given = [override for override in overrides if override.startswith("sources=")]
+        if not given or "Dict[str, Any]" not in str(error):
+            raise
+        raise ConfigError(
+            f"{' '.join(given)}: a source is {{source:RUN}} and settings of tools/sample.py, in braces, which a shell expands. Quote "
+            'it: "sources=[{source:RUN,nfe:2},{source:TEACHER,steps:50}]".'
+        ) from error
 
 
 def sample_settings(config: EvaluateConfig, entry: dict[str, Any]) -> SampleConfig:

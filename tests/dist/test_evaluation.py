@@ -324,7 +324,7 @@ def in_process(config: EvaluateConfig) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "run_workers", measure)
-        result, paths = run.evaluate(config)
+        result, paths, _ = run.evaluate(config)
         load_tool("evaluate").show(config, result, paths)
 
 
