@@ -44,4 +44,8 @@ def start_ranks(config: SampleConfig) -> tuple[Topology, Control]:
     if config.compile:
         os.environ["TORCHDYNAMO_DISABLE"] = "0"  # which training on a CPU sets
     launch = config.launch
-    return start_process_group(launch.device, launch.timeout_seconds, config.parallel.tp), Control()
+    topology = start_process_group(launch.device, launch.timeout_seconds, config.parallel.tp)
+    if topology.device.type == "cpu":
+        # Not the cores shared out: a matrix product's bits depend on its threads, so on how many processes there are.
+        torch.set_num_threads(launch.threads or 1)
+    return topology, Control()

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 
 from data_pipeline.codec import load_codec
 from piflow_dist.checkpoint.files import CheckpointError, newest_complete
-from piflow_dist.config import ConfigError, load_config, read_config
+from piflow_dist.config import ConfigError, LaunchConfig, load_config, read_config
 from piflow_dist.launch import batch
 from piflow_dist.launch.exits import FAILED, REFUSED
-from piflow_dist.sampling import embeddings
+from piflow_dist.sampling import control, embeddings
+from piflow_dist.sampling.control import start_ranks
 from piflow_dist.sampling.embeddings import EmbeddingCache
 from piflow_dist.sampling.failures import FailureLog
 from piflow_dist.sampling.gather import check_unchanged, gather, prepare_folder
@@ -166,3 +167,56 @@ def test_what_a_bad_disk_leaves_of_a_folder_is_made_again(
             open_request(request.config)
         shutil.rmtree(out)
         prepare_folder(request)
+
+
+def test_a_process_on_a_cpu_has_one_thread_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "Control", lambda: None)
+    device = torch.device("cpu")
+
+    def started(*arguments: object) -> SimpleNamespace:
+        torch.set_num_threads(2)  # of the cores shared out
+        return SimpleNamespace(device=device)
+
+    monkeypatch.setattr(control, "start_process_group", started)
+    try:
+        threads = {None: 1, 1: 1, 2: 2}
+        for wanted, found in threads.items():
+            start_ranks(SampleConfig(launch=LaunchConfig(threads=wanted)))
+            assert torch.get_num_threads() == found
+        device = torch.device("cuda")
+        start_ranks(SampleConfig())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_folder_that_a_kill_left_half_prepared_is_known(
+    student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    request, other = request_for(student_run, out), request_for(student_run, out, "seed=7", "overwrite=true")
+
+    def killed(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)  # the folders are there
+        prepare_folder(request)
+    assert not prepare_folder(request)
+    for folder in ("images", "latents"):
+        (out / folder / "a.png").write_text("")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", lambda path, **options: killed() if any(path.iterdir()) else path.rmdir())
+        prepare_folder(other)
+    assert not prepare_folder(other) and not any((out / "images").iterdir())
+
+    shutil.rmtree(out)
+    for folder in ("images", "failures"):  # of a version that wrote request.json last
+        (out / folder).mkdir(parents=True)
+    (out / ".request.json.17.tmp").write_text("{")
+    assert not prepare_folder(request)
+    (out / "request.json").unlink()
+    (out / "images" / "holiday.png").write_text("")
+    with pytest.raises(ConfigError, match="was not made by this tool"):
+        prepare_folder(other)
+    assert (out / "images" / "holiday.png").exists()
