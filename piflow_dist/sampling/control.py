@@ -18,6 +18,7 @@ class Control:
 
     def __init__(self):
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.layers: dist.ProcessGroup | None = None
 
     def from_main(self, flags: list[bool]) -> list[bool]:
         """Rank 0's flags. (Ranks look at a shared folder at different moments.)"""
@@ -33,6 +34,21 @@ class Control:
 
     def wait_for_all(self) -> None:
         dist.barrier(group=self.group)
+
+    def share_layers(self, topology: Topology, all_ranks: bool) -> None:
+        """Say who makes each evaluation together: a tensor-parallel group, or all ranks. Of all ranks at once."""
+        self.layers, size = None, topology.world_size if all_ranks else topology.tp
+        for first in range(0, topology.world_size, size) if size > 1 else ():
+            ranks = list(range(first, first + size))
+            group = dist.new_group(ranks, backend="gloo", timeout=PATIENCE)
+            if topology.rank in ranks:
+                self.layers = group
+
+    def wait_for_layers(self) -> None:
+        """Until the ranks that make the next evaluation with this one are ready for it: inside a layer they would wait
+        launch.timeout_seconds at most, and one of them may be decoding dozens of images."""
+        if self.layers is not None:
+            dist.barrier(group=self.layers)
 
     def close(self) -> None:
         """Together: rank 0 may hold the store that the others' groups still ask."""

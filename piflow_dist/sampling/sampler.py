@@ -241,11 +241,13 @@ def run(request: SampleRequest, topology: Topology, control: Control) -> None:
     pieces = sampler.pieces(images)
     mine = pieces[topology.dp_rank :: topology.dp_size]
     saver = Saver(request, codec, failures, topology.device, cuts)
+    control.share_layers(topology, config.parallel.shard_base)
     before = len(request.images) - len(absent)
     with StepProgress(out.name, len(request.images), start=before, every=1) as progress:
         began = due = time.perf_counter()
         waiting = mine[::-1]
         while waiting:
+            control.wait_for_layers()
             piece, start = waiting.pop(), time.perf_counter()
             latents_nCHW = sample_or_none(sampler, piece)
             if latents_nCHW is None:
@@ -265,6 +267,7 @@ def run(request: SampleRequest, topology: Topology, control: Control) -> None:
                 rate = (done - before) / (time.perf_counter() - began)
                 progress.update(done, f"{rate:.3g} images/s" if rate else "")
         if config.parallel.shard_base and len(mine) < -(-len(pieces) // topology.dp_size):
+            control.wait_for_layers()
             sampler.sample(pieces[-1])  # the others need this rank's part of every layer once more
         saver.finish()
         control.wait_for_all()

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
 from safetensors.torch import save_file
 
 from data_pipeline.codec import load_codec
@@ -14,14 +16,15 @@ from piflow_dist.checkpoint.files import CheckpointError, newest_complete
 from piflow_dist.config import ConfigError, LaunchConfig, load_config, read_config
 from piflow_dist.launch import batch
 from piflow_dist.launch.exits import FAILED, REFUSED
-from piflow_dist.sampling import control, embeddings
-from piflow_dist.sampling.control import start_ranks
+from piflow_dist.parallel.topology import Topology
+from piflow_dist.sampling import control, embeddings, sampler
+from piflow_dist.sampling.control import Control, start_ranks
 from piflow_dist.sampling.embeddings import EmbeddingCache
 from piflow_dist.sampling.failures import FailureLog
 from piflow_dist.sampling.gather import check_unchanged, gather, prepare_folder
 from piflow_dist.sampling.images import save_image
-from piflow_dist.sampling.run import lock_of, open_request, write_settings
-from piflow_dist.sampling.sampler import Saver, find_cuts
+from piflow_dist.sampling.run import lock_of, open_request, sample, write_settings
+from piflow_dist.sampling.sampler import Sampler, Saver, find_cuts
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request
 
 
@@ -220,3 +223,63 @@ def test_a_folder_that_a_kill_left_half_prepared_is_known(
     with pytest.raises(ConfigError, match="was not made by this tool"):
         prepare_folder(other)
     assert (out / "images" / "holiday.png").exists()
+
+
+def test_a_dry_run_checks_and_writes_nothing(
+    student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "out"
+    request = request_for(student_run, out, "launch.dry_run=true", "launch.processes=2")
+    assert sample(request.config) == out and not list(tmp_path.iterdir())
+    assert f"2 processes would make 3 of 3 images in {out}" in capsys.readouterr().out
+    job = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    options = (f"source={student_run}", f"out={out}", "launch.device=cpu", "launch.dry_run=true")
+    assert batch.main("sample", *options) == 0 and not list(tmp_path.iterdir())
+    said = capsys.readouterr()
+    assert not said.out and "2 processes would make 3 of 3 images" in said.err  # stdout names a folder to be filled
+    prepare_folder(request)
+    save_image(out, request.images[0], torch.zeros(1, 16, 16, dtype=torch.uint8), torch.zeros(1), {})
+    sample(request.config)
+    sample(request_for(student_run, out, "seed=7", "overwrite=true", "launch.dry_run=true").config)
+    said = capsys.readouterr().out
+    assert "make 2 of 3" in said and "make 3 of 3" in said and (out / request.images[0].file).exists()
+    with pytest.raises(ConfigError, match="images of other settings"):
+        sample(request_for(student_run, out, "seed=7", "launch.dry_run=true").config)
+
+
+def names_of_layers(rank: int, world_size: int) -> list[list[int]]:
+    there, found = Control(), []
+    for tp, all_ranks in ((2, False), (2, True), (1, True), (1, False)):
+        there.share_layers(Topology(rank, world_size, rank, torch.device("cpu"), tp), all_ranks)
+        there.wait_for_layers()
+        found.append([] if there.layers is None else dist.get_process_group_ranks(there.layers))
+    return found
+
+
+def test_ranks_that_share_layers_wait_for_each_other_outside_them(
+    student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before every evaluation, the one that a rank makes for the others' sake included."""
+    everyone = [0, 1, 2, 3]
+    for rank, found in enumerate(run_ranks(names_of_layers, 4, 4)):
+        assert found == [everyone[rank // 2 * 2 :][:2], everyone, everyone, []]
+
+    world = ("parallel.shard_base=true", "launch.processes=2", "batch_size=1")
+    request, events = request_for(student_run, tmp_path / "out", *world), []
+    monkeypatch.setattr(sampler, "load_network", lambda *arguments: None)
+    monkeypatch.setattr(Sampler, "sample", lambda *arguments: events.append("sample") or torch.zeros(1, 16, 4, 4))
+    monkeypatch.setattr(Saver, "save", lambda *arguments: events.append("save"))
+    fake = SimpleNamespace(
+        from_main=lambda flags: flags,
+        any_rank=lambda flags: flags,
+        share_layers=lambda topology, all_ranks: events.append(all_ranks),
+        wait_for_layers=lambda: events.append("wait"),
+        wait_for_all=lambda: None,
+    )
+    prepare_folder(request)
+    cache = EmbeddingCache(request.config.embeddings_folder, request.dataset.prompt_encoder)
+    cache.encode(["", *(image.prompt for image in request.images)], torch.device("cpu"))
+    sampler.run(request, Topology(1, 2, 1, torch.device("cpu")), fake)  # one of three images
+    assert events == [True, "wait", "sample", "save", "wait", "sample"]
