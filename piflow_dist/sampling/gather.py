@@ -21,8 +21,16 @@ REQUEST, META, MANIFEST = "request.json", "meta.json", "manifest.jsonl"
 FAILURES, CONTACT_SHEET = "failures.jsonl", "contact_sheet.png"
 EARLIER = {"guidance_interval": [0.0, 1.0], "merge": False}
 """Settings that folders of earlier versions do not name."""
-HASHED = {"images_sha256": "prompts, seeds or sizes", "weights_sha256": "weights of the source"}
+HASHED = {
+    "images_sha256": "prompts, seeds or sizes",
+    "weights_sha256": "weights of the source",
+    "codec_sha256": "codec of the data",
+    "prompt_encoder_sha256": "prompt encoder of the data",
+    "base_sha256": "weights of the base",
+}
 """Keys of request.json whose values tell people nothing."""
+LATER = ("codec_sha256", "prompt_encoder_sha256", "base_sha256")
+"""Keys of which folders of earlier versions say nothing: taken to be as they were."""
 SHEET_IMAGES, SHEET_COLUMNS, TILE = 64, 8, (64, 256)
 
 
@@ -85,7 +93,7 @@ def remove_images(out: Path) -> None:
 
 def changes(identity: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
     """Key -> what request.json says, where that is another request's."""
-    found = EARLIER | written
+    found = EARLIER | {key: identity[key] for key in LATER if key in identity} | written
     return {key: found.get(key) for key, value in identity.items() if found.get(key) != value}
 
 
@@ -195,6 +203,14 @@ def seconds_of(path: Path) -> float:
     return float(info_of(path)["seconds"])
 
 
+def sampling_seconds(request: SampleRequest, made: list[dict]) -> float:
+    """Of all images together. Those made while the network was compiled for them count as the others took, where there are
+    others: minutes at the start say nothing of the rate."""
+    paths = [request.out / line["file"] for line in made]
+    timed = [path for path in paths if "compiled" not in info_of(path)] or paths
+    return sum(map(seconds_of, timed)) * len(paths) / max(len(timed), 1)
+
+
 def describe(request: SampleRequest, made: list[dict], failed: int) -> dict:
     """made: lines of the manifest."""
     config = request.config
@@ -205,7 +221,7 @@ def describe(request: SampleRequest, made: list[dict], failed: int) -> dict:
         "failed": failed,
         "cut_prompts": len({line["prompt_index"] for line in made if "cut" in line}),
         "network_evaluations": request.evaluations,
-        "seconds": sum(seconds_of(request.out / line["file"]) for line in made),
+        "seconds": sampling_seconds(request, made),
         "processes": config.launch.processes,
         "tp": config.parallel.tp,
         "dataset": request.run.data.root,

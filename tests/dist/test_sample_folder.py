@@ -1,5 +1,6 @@
 """The folder of a sampling request while files beside it change: prompts that are edited, a training that saves on, two jobs."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,12 +18,12 @@ from piflow_dist.config import ConfigError, LaunchConfig, load_config, read_conf
 from piflow_dist.launch import batch
 from piflow_dist.launch.exits import FAILED, REFUSED
 from piflow_dist.parallel.topology import Topology
-from piflow_dist.sampling import control, embeddings, sampler
+from piflow_dist.sampling import control, embeddings, sampler, settings
 from piflow_dist.sampling.control import Control, start_ranks
 from piflow_dist.sampling.embeddings import EmbeddingCache
 from piflow_dist.sampling.failures import FailureLog
-from piflow_dist.sampling.gather import check_unchanged, gather, prepare_folder
-from piflow_dist.sampling.images import save_image
+from piflow_dist.sampling.gather import LATER, check_unchanged, gather, prepare_folder, sampling_seconds
+from piflow_dist.sampling.images import ImageRequest, save_image
 from piflow_dist.sampling.run import lock_of, open_request, sample, write_settings
 from piflow_dist.sampling.sampler import Sampler, Saver, find_cuts
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request
@@ -40,9 +41,9 @@ def test_processes_read_the_prompts_as_they_were(student_run: Path, tmp_path: Pa
     prompts.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     request = request_for(student_run, tmp_path / "out", f"prompts={prompts}")
     prepare_folder(request)
-    settings = write_settings(request)
+    written = write_settings(request)
     prompts.write_text('{"prompt": "a triangle"}\n')
-    again = build_request(read_config(settings, SampleConfig))
+    again = build_request(read_config(written, SampleConfig))
     check_unchanged(again)
     assert again.images == request.images
 
@@ -50,10 +51,10 @@ def test_processes_read_the_prompts_as_they_were(student_run: Path, tmp_path: Pa
 def test_what_changed_since_the_folder_was_prepared_is_refused(student_run: Path, tmp_path: Path) -> None:
     request = request_for(student_run, tmp_path / "out")
     prepare_folder(request)
-    settings = write_settings(request)
+    written = write_settings(request)
     (tmp_path / "out" / "prompts.jsonl").write_text('{"prompt": "a triangle"}\n')
     with pytest.raises(ConfigError, match="images, prompts, seeds or sizes changed"):
-        check_unchanged(build_request(read_config(settings, SampleConfig)))
+        check_unchanged(build_request(read_config(written, SampleConfig)))
 
 
 def test_what_is_begun_goes_on_with_its_checkpoint(
@@ -283,3 +284,71 @@ def test_ranks_that_share_layers_wait_for_each_other_outside_them(
     cache.encode(["", *(image.prompt for image in request.images)], torch.device("cpu"))
     sampler.run(request, Topology(1, 2, 1, torch.device("cpu")), fake)  # one of three images
     assert events == [True, "wait", "sample", "save", "wait", "sample"]
+
+
+def test_other_codecs_encoders_and_bases_are_other_images(
+    student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also under the same paths; folders of versions that did not say them stay valid."""
+    out = tmp_path / "out"
+    request = request_for(student_run, out)
+
+    def with_data(**changed: object) -> SampleRequest:
+        return dataclasses.replace(request, dataset=dataclasses.replace(request.dataset, **changed))
+
+    prepare_folder(request)
+    check_unchanged(request)
+    for what, key in (("codec", "scale"), ("prompt_encoder", "seed")):
+        other = with_data(**{what: {**getattr(request.dataset, what), key: 7}})
+        with pytest.raises(ConfigError, match=f"{what.replace('_', ' ')} of the data changed"):
+            prepare_folder(other)
+    said = json.loads((out / "request.json").read_text())
+    (out / "request.json").write_text(json.dumps({k: v for k, v in said.items() if k not in LATER}))
+    check_unchanged(other)
+    vae = [with_data(codec={"kind": "vae", "path": path, "weights": "1"}).identity() for path in ("a", "b")]
+    assert vae[0] == vae[1]
+
+    adapter = SimpleNamespace(lora=request.run.lora, base=None, model=request.run.model)
+    likeness = ["first"]
+    monkeypatch.setattr(settings, "student_folder", lambda source: request.checkpoint)
+    monkeypatch.setattr(settings, "open_student", lambda folder: adapter)
+    monkeypatch.setattr(settings, "open_teacher", lambda run: None)
+    monkeypatch.setattr(settings, "weights_likeness", lambda source, model: likeness[0])
+    prepare_folder(request)
+    likeness[0] = "second"
+    with pytest.raises(ConfigError, match="weights of the base changed"):
+        prepare_folder(request)
+    adapter.base = "said"  # and compared as it was opened
+    assert request.identity()["base_sha256"] is None
+
+
+def test_a_rate_is_not_that_of_compiling(student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = request_for(student_run, tmp_path / "out", "compile=true", "batch_size=1", "images_per_prompt=3")
+    prepare_folder(request)
+    now = [0.0]
+
+    def sample_slowly(self: Sampler, images: list[ImageRequest]) -> torch.Tensor:
+        length = self.cache.length(images[0].prompt)
+        now[0] += 1.0 if length in seen else 100.0
+        seen.add(length)
+        return torch.zeros(1, 16, 4, 4)
+
+    seen = set()
+    monkeypatch.setattr(sampler, "load_network", lambda *arguments: None)
+    monkeypatch.setattr(Sampler, "sample", sample_slowly)
+    monkeypatch.setattr(sampler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    alone = SimpleNamespace(
+        from_main=lambda flags: flags,
+        any_rank=lambda flags: flags,
+        share_layers=lambda *arguments: None,
+        wait_for_layers=lambda: None,
+        wait_for_all=lambda: None,
+    )
+    sampler.run(request, Topology(0, 1, 0, torch.device("cpu")), alone)
+    assert gather(request) == "" and len(seen) > 1
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert (meta["images"], meta["seconds"]) == (9, 9.0)
+    for image in request.images[1:]:
+        (request.out / image.file).unlink()
+    first = [json.loads(line) for line in (request.out / "manifest.jsonl").read_text().splitlines()][:1]
+    assert sampling_seconds(request, first) == 100.0  # there is no other
