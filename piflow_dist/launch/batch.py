@@ -90,7 +90,7 @@ def after(arguments: list[str]) -> int:
 
 def sample(overrides: list[str]) -> None:
     from piflow_dist.sampling.gather import prepare_folder
-    from piflow_dist.sampling.run import lock_of, open_request, write_settings
+    from piflow_dist.sampling.run import describe_plan, lock_of, open_request, write_settings
     from piflow_dist.sampling.settings import SampleConfig
 
     config = load_config(with_tasks(overrides), SampleConfig, "sample")
@@ -101,6 +101,9 @@ def sample(overrides: list[str]) -> None:
         "two nodes. Choose a divisor of --ntasks-per-node.",
     )
     request = open_request(config)
+    if config.launch.dry_run:
+        tell(describe_plan(request))
+        return
     claim(lock_of(request.out), f"out={request.out}")
     if prepare_folder(request):
         release(lock_of(request.out))

@@ -18,6 +18,7 @@ class Control:
 
     def __init__(self):
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.layers: dist.ProcessGroup | None = None
 
     def from_main(self, flags: list[bool]) -> list[bool]:
         """Rank 0's flags. (Ranks look at a shared folder at different moments.)"""
@@ -34,6 +35,21 @@ class Control:
     def wait_for_all(self) -> None:
         dist.barrier(group=self.group)
 
+    def share_layers(self, topology: Topology, all_ranks: bool) -> None:
+        """Say who makes each evaluation together: a tensor-parallel group, or all ranks. Of all ranks at once."""
+        self.layers, size = None, topology.world_size if all_ranks else topology.tp
+        for first in range(0, topology.world_size, size) if size > 1 else ():
+            ranks = list(range(first, first + size))
+            group = dist.new_group(ranks, backend="gloo", timeout=PATIENCE)
+            if topology.rank in ranks:
+                self.layers = group
+
+    def wait_for_layers(self) -> None:
+        """Until the ranks that make the next evaluation with this one are ready for it: inside a layer they would wait
+        launch.timeout_seconds at most, and one of them may be decoding dozens of images."""
+        if self.layers is not None:
+            dist.barrier(group=self.layers)
+
     def close(self) -> None:
         """Together: rank 0 may hold the store that the others' groups still ask."""
         self.wait_for_all()
@@ -44,4 +60,8 @@ def start_ranks(config: SampleConfig) -> tuple[Topology, Control]:
     if config.compile:
         os.environ["TORCHDYNAMO_DISABLE"] = "0"  # which training on a CPU sets
     launch = config.launch
-    return start_process_group(launch.device, launch.timeout_seconds, config.parallel.tp), Control()
+    topology = start_process_group(launch.device, launch.timeout_seconds, config.parallel.tp)
+    if topology.device.type == "cpu":
+        # Not the cores shared out: a matrix product's bits depend on its threads, so on how many processes there are.
+        torch.set_num_threads(launch.threads or 1)
+    return topology, Control()

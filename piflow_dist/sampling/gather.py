@@ -3,7 +3,9 @@
 import json
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -19,8 +21,16 @@ REQUEST, META, MANIFEST = "request.json", "meta.json", "manifest.jsonl"
 FAILURES, CONTACT_SHEET = "failures.jsonl", "contact_sheet.png"
 EARLIER = {"guidance_interval": [0.0, 1.0], "merge": False}
 """Settings that folders of earlier versions do not name."""
-HASHED = {"images_sha256": "prompts, seeds or sizes", "weights_sha256": "weights of the source"}
+HASHED = {
+    "images_sha256": "prompts, seeds or sizes",
+    "weights_sha256": "weights of the source",
+    "codec_sha256": "codec of the data",
+    "prompt_encoder_sha256": "prompt encoder of the data",
+    "base_sha256": "weights of the base",
+}
 """Keys of request.json whose values tell people nothing."""
+LATER = ("codec_sha256", "prompt_encoder_sha256", "base_sha256")
+"""Keys of which folders of earlier versions say nothing: taken to be as they were."""
 SHEET_IMAGES, SHEET_COLUMNS, TILE = 64, 8, (64, 256)
 
 
@@ -30,33 +40,61 @@ def prepare_folder(request: SampleRequest) -> bool:
     Raises ConfigError where it holds images of another request and overwrite is not set.
     """
     out, identity = request.out, request.identity()
-    path = out / REQUEST
-    if path.exists():
-        found = EARLIER | read_json(path)
-        changed = [
-            describe_change(key, found.get(key), value) for key, value in identity.items() if found.get(key) != value
-        ]
-        if not changed and is_finished(out) and not request.missing():
-            return True
-        if changed and not request.config.overwrite:
-            raise ConfigError(
-                f"out={out} holds images of other settings ({'; '.join(changed)}). "
-                "Choose another folder, or overwrite=true."
-            )
-        if changed:
-            shutil.rmtree(out)
-    elif out.exists() and any(out.iterdir()):
-        raise ConfigError(f"out={out} is not empty and was not made by this tool. Choose another folder.")
+    finished, changed = check_folder(request, identity)
+    if finished:
+        return True
     try:
+        if changed:
+            remove_images(out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / REQUEST, json.dumps(identity, indent=1))  # first: a folder that a kill leaves is known by it
         shutil.rmtree(out / failures.FOLDER, ignore_errors=True)  # what failed is tried again
         for folder in ("images", failures.FOLDER, *(["latents"] if request.config.latents else [])):
-            (out / folder).mkdir(parents=True, exist_ok=True)
+            (out / folder).mkdir(exist_ok=True)
         for stale in (META, FAILURES):
             (out / stale).unlink(missing_ok=True)
-        write_atomic(path, json.dumps(identity, indent=1))
     except OSError as error:
         raise ConfigError(f"out={out} cannot be written: {error.strerror}. Choose another folder.") from error
     return False
+
+
+def check_folder(request: SampleRequest, identity: dict[str, Any]) -> tuple[bool, bool]:
+    """(all is there already, images of other settings are to be replaced). Writes nothing; raises as prepare_folder does."""
+    out = request.out
+    if not (out / REQUEST).exists():
+        if out.exists() and not (out.is_dir() and all(map(is_leftover, out.iterdir()))):
+            raise ConfigError(f"out={out} is not empty and was not made by this tool. Choose another folder.")
+        return False, False
+    changed = changes(identity, read_json(out / REQUEST))
+    if changed and not request.config.overwrite:
+        what = "; ".join(describe_change(key, old, identity[key]) for key, old in changed.items())
+        raise ConfigError(
+            f"out={out} holds images of other settings ({what}). Choose another folder, or overwrite=true."
+        )
+    return not changed and is_finished(out) and not request.missing(), bool(changed)
+
+
+def is_leftover(path: Path) -> bool:
+    """Of a kill before request.json was there: its temporary file, or (of earlier versions) folders with nothing in them."""
+    if path.name in ("images", "latents", failures.FOLDER):
+        return path.is_dir() and not any(path.iterdir())
+    return path.name.startswith(f".{REQUEST}.") and path.suffix == ".tmp"
+
+
+def remove_images(out: Path) -> None:
+    """All but request.json, so that a folder whose removal was cut short is still known as one of this tool."""
+    (out / META).unlink(missing_ok=True)
+    for path in out.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != REQUEST:
+            path.unlink()
+
+
+def changes(identity: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """Key -> what request.json says, where that is another request's."""
+    found = EARLIER | {key: identity[key] for key in LATER if key in identity} | written
+    return {key: found.get(key) for key, value in identity.items() if found.get(key) != value}
 
 
 def describe_change(key: str, old: object, new: object) -> str:
@@ -70,11 +108,10 @@ def is_finished(out: Path) -> bool:
 
 def check_unchanged(request: SampleRequest) -> None:
     """Raise ConfigError where what was read later is not what the folder was prepared for: images would go under wrong prompts."""
-    found = read_json(request.out / REQUEST)
-    changed = [HASHED.get(key, key) for key, value in request.identity().items() if found.get(key) != value]
+    changed = changes(request.identity(), read_json(request.out / REQUEST))
     if changed:
         raise ConfigError(
-            f"out={request.out}: {', '.join(changed)} changed since the folder was prepared. Put back what was changed, or "
+            f"out={request.out}: {', '.join(HASHED.get(key, key) for key in changed)} changed since the folder was prepared. Put back what was changed, or "
             "start the command again."
         )
 
@@ -128,9 +165,7 @@ def manifest_line(request: SampleRequest, image: ImageRequest) -> dict:
 
 def write_contact_sheet(out: Path, made: list[ImageRequest]) -> None:
     """The first images in small, in reading order; a line per prompt where all prompts have the same few seeds."""
-    per_prompt = {
-        sum(image.prompt_index == index for image in made) for index in {image.prompt_index for image in made}
-    }
+    per_prompt = set(Counter(image.prompt_index for image in made).values())
     same = per_prompt.pop() if len(per_prompt) == 1 else 1
     columns = same if 1 < same <= SHEET_COLUMNS else SHEET_COLUMNS
     shown = made[: SHEET_IMAGES // columns * columns]
@@ -168,6 +203,14 @@ def seconds_of(path: Path) -> float:
     return float(info_of(path)["seconds"])
 
 
+def sampling_seconds(request: SampleRequest, made: list[dict]) -> float:
+    """Of all images together. Those made while the network was compiled for them count as the others took, where there are
+    others: minutes at the start say nothing of the rate."""
+    paths = [request.out / line["file"] for line in made]
+    timed = [path for path in paths if "compiled" not in info_of(path)] or paths
+    return sum(map(seconds_of, timed)) * len(paths) / max(len(timed), 1)
+
+
 def describe(request: SampleRequest, made: list[dict], failed: int) -> dict:
     """made: lines of the manifest."""
     config = request.config
@@ -178,7 +221,7 @@ def describe(request: SampleRequest, made: list[dict], failed: int) -> dict:
         "failed": failed,
         "cut_prompts": len({line["prompt_index"] for line in made if "cut" in line}),
         "network_evaluations": request.evaluations,
-        "seconds": sum(seconds_of(request.out / line["file"]) for line in made),
+        "seconds": sampling_seconds(request, made),
         "processes": config.launch.processes,
         "tp": config.parallel.tp,
         "dataset": request.run.data.root,

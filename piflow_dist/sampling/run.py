@@ -10,9 +10,9 @@ from pathlib import Path
 from piflow_dist.checkpoint.files import MANIFEST, read_json, write_atomic
 from piflow_dist.checkpoint.runs import resolve_checkpoint
 from piflow_dist.config import ConfigError, read_config, save_config
-from piflow_dist.launch.local import WorkerFailed, run_workers
+from piflow_dist.launch.local import WorkerFailed, check_devices, check_port, run_workers
 from piflow_dist.launch.lock import only_user
-from piflow_dist.sampling.gather import REQUEST, gather, is_finished, prepare_folder
+from piflow_dist.sampling.gather import REQUEST, changes, check_folder, gather, is_finished, prepare_folder
 from piflow_dist.sampling.settings import SampleConfig, SampleRequest, build_request
 
 log = logging.getLogger(__name__)
@@ -24,10 +24,15 @@ def sample(config: SampleConfig) -> Path:
     """Make the images of a request that are missing, in config.launch.processes processes. Returns the folder.
 
     Raises ConfigError for what cannot be sampled, and WorkerFailed where a process failed or some images could not be made
-    (the folder is finished without them then).
+    (the folder is finished without them then). launch.dry_run=true only checks, and says what would be made.
     """
     request = open_request(config)
     out = request.out
+    if config.launch.dry_run:
+        check_port(config.launch.port)
+        check_devices(config.launch)
+        print(describe_plan(request))
+        return out
     with only_user(lock_of(out), f"out={out}"):
         if prepare_folder(request):
             print(f"{out}: all {len(request.images)} images are there.")
@@ -37,6 +42,16 @@ def sample(config: SampleConfig) -> Path:
         finish(request)
     print(f"{out}: {len(request.images)} images.")
     return out
+
+
+def describe_plan(request: SampleRequest) -> str:
+    """What would be made, for launch.dry_run=true. Raises ConfigError as making it would; writes nothing."""
+    images = len(request.images)
+    finished, changed = check_folder(request, request.identity())
+    if finished:
+        return f"{request.out}: all {images} images are there."
+    missing = images if changed else len(request.missing())
+    return f"Everything checked; {request.config.launch.processes} processes would make {missing} of {images} images in {request.out}."
 
 
 def lock_of(out: Path) -> Path:
@@ -70,7 +85,7 @@ def begun_request(config: SampleConfig) -> SampleRequest | None:
     if Path(config.source).resolve() not in checkpoint.resolve().parents or not (checkpoint / MANIFEST).is_file():
         return None
     request = build_request(dataclasses.replace(config, source=str(checkpoint)))
-    if request.identity() != read_json(identity):
+    if changes(request.identity(), read_json(identity)):
         return None
     newest = resolve_checkpoint(config.source, "source")
     if newest.resolve() != checkpoint.resolve():

@@ -158,10 +158,12 @@ class Saver:
         self.info = {"source": str(request.checkpoint), **request.settings()}
         self.side_by_side = request.config.launch.processes // request.config.parallel.tp
 
-    def save(self, images: list[ImageRequest], latents_nCHW: Tensor, seconds: float) -> None:
-        """latents on the CPU. seconds: that sampling them took, whose share is kept with each image for the folder's rate."""
+    def save(self, images: list[ImageRequest], latents_nCHW: Tensor, seconds: float, compiled: bool = False) -> None:
+        """latents on the CPU. seconds: that sampling them took, whose share is kept with each image for the folder's rate.
+        compiled: the network was compiled in that time."""
         self.finish()
         info = {**self.info, "seconds": seconds / len(images) / self.side_by_side}
+        info |= {"compiled": True} if compiled else {}
         for image, latents_CHW in zip(images, latents_nCHW, strict=True):
             if not latents_CHW.isfinite().all():
                 self.failures.add([image], "its latents are not finite: the weights or the settings diverge.")
@@ -241,11 +243,13 @@ def run(request: SampleRequest, topology: Topology, control: Control) -> None:
     pieces = sampler.pieces(images)
     mine = pieces[topology.dp_rank :: topology.dp_size]
     saver = Saver(request, codec, failures, topology.device, cuts)
+    control.share_layers(topology, config.parallel.shard_base)
     before = len(request.images) - len(absent)
     with StepProgress(out.name, len(request.images), start=before, every=1) as progress:
         began = due = time.perf_counter()
-        waiting = mine[::-1]
+        waiting, shapes = mine[::-1], set()
         while waiting:
+            control.wait_for_layers()
             piece, start = waiting.pop(), time.perf_counter()
             latents_nCHW = sample_or_none(sampler, piece)
             if latents_nCHW is None:
@@ -258,13 +262,16 @@ def run(request: SampleRequest, topology: Topology, control: Control) -> None:
                     torch.accelerator.empty_cache()  # of pieces of another size
                 continue
             if topology.tp_rank == 0:
-                saver.save(piece, latents_nCHW, time.perf_counter() - start)
+                shape = (*latents_nCHW.shape, cache.length(piece[0].prompt))
+                saver.save(piece, latents_nCHW, time.perf_counter() - start, config.compile and shape not in shapes)
+                shapes.add(shape)
             if topology.is_main and time.perf_counter() > due:
                 due = time.perf_counter() + (LIVE if progress.bar else PLAIN)
                 done = count_whole(out)  # of all ranks
                 rate = (done - before) / (time.perf_counter() - began)
                 progress.update(done, f"{rate:.3g} images/s" if rate else "")
         if config.parallel.shard_base and len(mine) < -(-len(pieces) // topology.dp_size):
+            control.wait_for_layers()
             sampler.sample(pieces[-1])  # the others need this rank's part of every layer once more
         saver.finish()
         control.wait_for_all()

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,14 @@ from piflow_dist.config import (
 )
 from piflow_dist.distill.objectives import build_schedule
 from piflow_dist.flow.schedule import FlowSchedule
-from piflow_dist.models.adapters import check_base, open_student, student_config, student_folder, teacher_config
+from piflow_dist.models.adapters import (
+    check_base,
+    open_student,
+    student_config,
+    student_folder,
+    teacher_config,
+    weights_likeness,
+)
 from piflow_dist.models.heads import PATCH
 from piflow_dist.models.pretrained import DiffusersWeights, check_trained_on, diffusers_folder, open_teacher
 from piflow_dist.sampling.images import ImageRequest, list_images, read_prompts
@@ -240,6 +249,8 @@ class SampleRequest:
             if exported
             else hashlib.sha256(manifest.read_bytes()).hexdigest()
         )
+        codec = self.dataset.codec
+        moved = ("path",) if "weights" in codec else ()  # a VAE that says its weights may lie elsewhere
         wanted = "".join(f"{i.prompt}\n{i.seed} {i.height} {i.width}\n" for i in self.images)
         return {
             **self.settings(),
@@ -249,7 +260,23 @@ class SampleRequest:
             "images": len(self.images),
             "images_sha256": hashlib.sha256(wanted.encode()).hexdigest(),
             "weights_sha256": weights,
+            "codec_sha256": digest({key: value for key, value in codec.items() if key not in moved}),
+            "prompt_encoder_sha256": digest(self.dataset.prompt_encoder),
+            "base_sha256": self.base_likeness(),
         }
+
+    def base_likeness(self) -> str | None:
+        """Of the transformer under an adapter that does not say its base's; others are compared with it as they are opened."""
+        if student_folder(str(self.checkpoint)) is None:
+            return None
+        student = open_student(self.checkpoint)
+        if student.lora is None or student.base is not None:
+            return None
+        return weights_likeness(open_teacher(self.run), student.model)
+
+
+def digest(description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(description), sort_keys=True).encode()).hexdigest()
 
 
 def seeds_of(config: SampleConfig) -> list[int]:
