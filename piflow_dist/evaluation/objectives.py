@@ -16,7 +16,7 @@ from piflow_dist.evaluation.metrics import METRICS
 
 SHOWN = ("psnr_db", "frechet_reference", "diversity", "prompt_accuracy", "frechet_real")
 MARKERS = "osD^v*P"
-METHOD_COLOURS = (COLOURS["student"], *COLOURS["teacher"], "#d0507a")
+METHOD_COLOURS = (COLOURS["student"], *COLOURS["teacher"][:3], "#a0522d", "#d0507a")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def tables(entries: Sequence[Entry], budgets: Sequence[Budget]) -> str:
 
 def panels(entries: Sequence[Entry]) -> bytes:
     """PNG: one panel a metric over the number of evaluations, with intervals."""
-    figure, axes = _figure(1, 4, height=3.2)
+    figure, axes = _figure(1, 4, height=3.5)
     methods = list(dict.fromkeys(entry.method for entry in entries))
     students = [method for method in methods if not method.startswith("teacher")]
     if len(students) > len(METHOD_COLOURS):
@@ -136,6 +136,6 @@ def panels(entries: Sequence[Entry]) -> bytes:
             axis.set_yscale("log")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, labelcolor=INK, fontsize=9
+        handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / 2), frameon=False, labelcolor=INK, fontsize=9
     )
     return _finish(figure)
