@@ -26,7 +26,13 @@ demo: $(STAMP)  ## Distil a small Qwen-Image teacher on this machine (DEMO=gmm, 
 	$(BIN)/python tools/demo.py variant=$(DEMO) $(if $(QUICK),quick=$(QUICK) out=outputs/demo_quick)
 
 test: $(STAMP)  ## Run all tests (TESTS=tests/unit for a part)
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+ifeq ($(TESTS),tests)
+	@log=$$(mktemp); $(BIN)/python -m pytest tests/unit tests/numerics > $$log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest tests/dist tests/slurm; failed=$$?; wait $$beside || failed=$$?; \
+	cat $$log; rm $$log; exit $$failed
+else
+	$(BIN)/python -m pytest $(TESTS)
+endif
 
 lint: $(STAMP)  ## Check style
 	$(BIN)/ruff check .

@@ -88,21 +88,8 @@ def pytest_configure() -> None:
     """Ctrl-C is tested. A shell that runs this in the background has it ignored, and all that is started here would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Workers side by side would each have a thread for every core, and wait for one another's.
+    # Two rows side by side (make test) would each have a thread for every core, and wait for one another's.
     torch.set_num_threads(1)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """For `-n 2` (make test): the tests that start ranks and jobs run one after the other, all others beside them."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Rows(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            folder = nodeid.removeprefix("tests/").split("/")[0]
-            return "processes" if folder in ("dist", "slurm") else folder
-
-    return Rows(config, log)
 
 
 def run_tool(name: str, *arguments: str, time_limit: float = 300.0) -> subprocess.CompletedProcess:
