@@ -136,6 +136,12 @@ def panels(entries: Sequence[Entry]) -> bytes:
             axis.set_yscale("log")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / 2), frameon=False, labelcolor=INK, fontsize=9
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=math.ceil(len(labels) / 2),
+        frameon=False,
+        labelcolor=INK,
+        fontsize=9,
     )
     return _finish(figure)
