@@ -26,6 +26,8 @@ ABANDONED_SECONDS = 3600.0
 """Downloads that nobody has written to for so long are those of killed processes."""
 SHARE_OF_FREE_DISK = 0.8
 """The limit of a cache of remote shards where none is given."""
+SPACE_LOCK = ".space.lock"
+"""In a cache's folder; who holds it may write and remove shards."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,8 @@ class ShardCache:
                     return
                 # Left by a killed process or a power cut.
                 logger.warning("%s is damaged; it is decompressed again", raw)
-                raw.unlink()
+                with FileLock(self.folder / SPACE_LOCK):
+                    raw.unlink()
             data = self._fetch(root, stored, entry, local)
             try:
                 self._place(raw, data)
@@ -99,7 +102,7 @@ class ShardCache:
         temporary = raw.with_name(raw.name + ".tmp")
         # The lock is held while writing, so that what processes write at the same time stays within the limit together; also
         # by those without a limit, as what is written without the lock is removed by those that have one.
-        with FileLock(self.folder / ".space.lock"):
+        with FileLock(self.folder / SPACE_LOCK):
             if self.limit is not None:
                 self._make_room(len(data), raw)
             try:
@@ -147,8 +150,9 @@ class ShardCache:
 def default_limit(folder: Path) -> int:
     """Of a cache of remote shards."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = sum(path.stat().st_size for path in folder.rglob("*.mds"))
-    return int(SHARE_OF_FREE_DISK * (shutil.disk_usage(folder).free + held))
+    with FileLock(folder / SPACE_LOCK):  # other processes make room here
+        held = sum(path.stat().st_size for path in folder.rglob("*.mds"))
+        return int(SHARE_OF_FREE_DISK * (shutil.disk_usage(folder).free + held))
 
 
 def _hash(data: bytes) -> str:

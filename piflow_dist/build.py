@@ -1,6 +1,5 @@
 """What a training process holds between steps, and how it is built from its configuration: models, engine, data, schedule."""
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from piflow_dist.models.initial import open_initial
 from piflow_dist.models.pretrained import open_teacher, plan_training
 from piflow_dist.parallel.topology import Topology
 from piflow_dist.parallel.zero import FrozenModel, TiedTeacher, TrainedModel
+from piflow_dist.seeds import seed_from
 from piflow_dist.tracking.gauges import Gauges
 
 
@@ -167,9 +167,3 @@ def probe_batch(
     counts_B = torch.tensor([float(index < count) for index in indices], device=device)
     batch = Batch(torch.stack(noises).to(device), *(tensor[mine].to(device) for tensor in found), empty_LD)
     return batch, counts_B
-
-
-def seed_from(*parts: int) -> int:
-    """A 63-bit seed that differs wherever any part does."""
-    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from piflow_dist.build import Run, TrainState, build_run, seed_from
+from piflow_dist.build import Run, TrainState, build_run
 from piflow_dist.checkpoint.files import CheckpointError
 from piflow_dist.checkpoint.reader import load_checkpoint
 from piflow_dist.checkpoint.runs import none_left
@@ -36,6 +36,7 @@ from piflow_dist.launch.watchdog import Watchdog, start_watchdog
 from piflow_dist.models.heads import PATCH
 from piflow_dist.parallel.topology import Topology, start_process_group
 from piflow_dist.parallel.zero import StepResult
+from piflow_dist.seeds import seed_from
 from piflow_dist.tracking.planned import start_planning
 from piflow_dist.tracking.secrets import masked
 from piflow_dist.tracking.tracker import Tracker, read_run_id

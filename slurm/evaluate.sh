@@ -12,5 +12,6 @@ export PIFLOW_ROOT=${PIFLOW_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." 
 source "$PIFLOW_ROOT/slurm/common.sh" || exit 2
 [ -n "${SLURM_JOB_ID:-}" ] || submit "$0" "$@"
 settings=$(alone -m piflow_dist.launch.batch evaluate "$@") || exit
+[ -n "$settings" ] || exit 0  # launch.dry_run
 everywhere -m piflow_dist.evaluation.compare "$settings" || exit
 alone -m piflow_dist.launch.batch report "$settings"

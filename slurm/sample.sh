@@ -13,6 +13,6 @@ export PIFLOW_ROOT=${PIFLOW_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." 
 source "$PIFLOW_ROOT/slurm/common.sh" || exit 2
 [ -n "${SLURM_JOB_ID:-}" ] || submit "$0" "$@"
 out=$(alone -m piflow_dist.launch.batch sample "$@") || exit
-[ -n "$out" ] || exit 0  # all images are there
+[ -n "$out" ] || exit 0  # all images are there, or launch.dry_run
 resumable everywhere -m piflow_dist.sampling.sampler "$out/settings.yaml" || exit
 alone -m piflow_dist.launch.batch gather "$out"

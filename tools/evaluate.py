@@ -14,7 +14,7 @@ from rich.table import Table
 from data_pipeline.errors import DataError
 from piflow_dist.cli import fail, run_tool
 from piflow_dist.evaluation.comparison import Paths, metrics_of, notes_of, pairs_of, shown
-from piflow_dist.evaluation.run import check, evaluate
+from piflow_dist.evaluation.run import check, describe_plan, evaluate
 from piflow_dist.evaluation.samples import EvaluationError
 from piflow_dist.evaluation.settings import EvaluateConfig, load_evaluation
 from piflow_dist.help import explain_keys
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     try:
         if config.launch.dry_run:
             check(config)
-            print(f"Everything checked; {config.launch.processes} processes would measure. Folder: {config.out_dir}")
+            print(describe_plan(config))
             return
         result, paths, lacking = evaluate(config)
     except (EvaluationError, DataError, OSError) as error:

@@ -7,7 +7,6 @@ B images  C latent channels  H W latent size  L text tokens  D width; images are
 """
 
 import gc
-import hashlib
 import io
 import json
 import logging
@@ -42,6 +41,7 @@ from piflow_dist.flow.solvers import euler_sample, policy_sample
 from piflow_dist.parallel.topology import Topology
 from piflow_dist.parallel.zero import FrozenModel, TiedTeacher, TrainedModel
 from piflow_dist.sampling.control import PATIENCE
+from piflow_dist.seeds import seed_from
 
 log = logging.getLogger(__name__)
 
@@ -157,8 +157,7 @@ class TrainingEvaluation:
 
     def _noise(self, index: int) -> Tensor:
         """A function of evaluation.seed and the place among the images, on any number of ranks and devices."""
-        digest = hashlib.blake2b(f"{self.settings.seed},{index}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        generator = torch.Generator().manual_seed(seed_from(self.settings.seed, index))
         return torch.randn(self.latent_shape, generator=generator)
 
     def _gather(self, mine: Tensor) -> Tensor:

@@ -47,6 +47,11 @@ def check(config: EvaluateConfig) -> list[SampleConfig]:
     return requests
 
 
+def describe_plan(config: EvaluateConfig) -> str:
+    """What launch.dry_run=true says."""
+    return f"Everything checked; {config.launch.processes} processes would measure. Folder: {config.out_dir}"
+
+
 def sample_source(config: SampleConfig) -> str:
     """Make the folder of a source. Returns which images could not be made, in words; the others are compared.
 

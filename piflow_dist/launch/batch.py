@@ -5,7 +5,7 @@ claim RUN_DIR           make this job the one that trains there, where nobody el
 after RUN_DIR CODE      what comes after the processes ended with CODE: exit code, and on stdout the seconds to wait before a retry
 sample key=value ...    check a request for images and write its settings; prints the folder, or nothing where all is there
 gather DIR              join the images that the tasks made
-evaluate key=value ...  check a request for metrics; prints the settings' file
+evaluate key=value ...  check a request for metrics; prints the settings' file, or nothing with launch.dry_run
 report SETTINGS         write the report of what the tasks measured
 """
 
@@ -134,7 +134,7 @@ def gather_images(arguments: list[str]) -> int:
 
 
 def evaluate(overrides: list[str]) -> None:
-    from piflow_dist.evaluation.run import check_inputs, prepare
+    from piflow_dist.evaluation.run import check_inputs, describe_plan, prepare
     from piflow_dist.evaluation.settings import load_evaluation
 
     config = load_evaluation(with_tasks(overrides))
@@ -143,6 +143,9 @@ def evaluate(overrides: list[str]) -> None:
         "sources= are sampled by slurm/sample.sh here. Give the folders that it makes, samples=[DIR,...].",
     )
     check_inputs(config)
+    if config.launch.dry_run:
+        tell(describe_plan(config))
+        return
     claim(config.out_dir / LOCK, f"out={config.out_dir}")
     print(prepare(config))
 

@@ -4,7 +4,6 @@
 B batch, S tokens, R rank.
 """
 
-import hashlib
 import re
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from piflow_dist.config import ConfigError, LoraConfig
 from piflow_dist.models.weights import View, WeightSource, shape_of
+from piflow_dist.seeds import seed_from
 
 BLOCK = 256
 """Rows of a merged weight that are made at once."""
@@ -112,8 +112,7 @@ class InitialAdapters:
     def view(self, name: str) -> Tensor:
         weight = torch.zeros(self.found[name])
         if ".lora_A." in name:
-            digest = hashlib.blake2b(f"{self.seed},{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            generator = torch.Generator().manual_seed(seed_from(self.seed, name))
             weight.normal_(std=1 / weight.shape[0], generator=generator)
         return weight
 

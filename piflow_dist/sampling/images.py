@@ -4,7 +4,6 @@ An image is a PNG, written under a temporary name and renamed; its latents are t
 holds whole images or none, and what is missing is seen from the names alone.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from piflow_dist.config import ConfigError, require
+from piflow_dist.seeds import seed_from
 
 PNG_END = b"IEND\xaeB`\x82"
 COMPRESSION = 1
@@ -153,5 +153,4 @@ class replacing:  # noqa: N801 (read as a phrase)
 
 def noise_seed(seed: int, prompt: str) -> int:
     """Of an image's own generator. The prompt is in it, or a set of images with one seed would share one noise."""
-    digest = hashlib.blake2b(f"{seed},{prompt}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return seed_from(seed, prompt)

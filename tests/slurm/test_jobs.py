@@ -111,6 +111,24 @@ def test_images_are_sampled_by_all_tasks_and_only_once(
     assert "6 images" in log and len(list((tmp_path / "out" / "images").glob("*.png"))) == 6
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["processes"] == 2
     assert "all 6 images are there" in run_script(slurm, tmp_path, *script, *request)
+    check_evaluation(slurm, tmp_path / "out", tmp_path / "evaluation")
+
+
+def check_evaluation(slurm: LocalCluster, samples: Path, out: Path) -> None:
+    """slurm/evaluate.sh with nothing to do, over two tasks, and over a damaged image."""
+    tasks = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
+    request = [f"samples=[{samples}]", f"reference={samples}", f"out={out}", "launch.device=cpu", "launch.threads=1"]
+    words = [*tasks, str(REPO / "slurm" / "evaluate.sh"), *request]
+    log = run_script(slurm, samples.parent, *words, "launch.dry_run=true")
+    assert log.rstrip().endswith(f"2 processes would measure. Folder: {out}") and not out.exists()
+    log = run_script(slurm, samples.parent, *words)
+    assert log.rstrip().endswith(f"Report: {out / 'evaluation.html'}")
+    (row,) = json.loads((out / "evaluation.json").read_text())["rows"]
+    assert row["count"] == 6
+    image = sorted(samples.glob("images/*.png"))[-1]
+    image.write_bytes(image.read_bytes()[:-20])
+    log = run_script(slurm, samples.parent, *words, code=1)
+    assert f"{image} is damaged" in log.rstrip().splitlines()[-1]
 
 
 def test_sampling_goes_on_after_the_time_limit_and_has_its_folder_alone(

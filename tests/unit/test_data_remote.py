@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from data_sets import write_set
+from filelock import FileLock
 
 from data_pipeline import cache as cache_module
 from data_pipeline import store
@@ -88,6 +89,12 @@ def shards_in(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.mds"))
 
 
+def bytes_in(cache: Path) -> int:
+    """Of all its shards at one moment: a stream's own threads fetch ahead and make room all the time."""
+    with FileLock(cache / cache_module.SPACE_LOCK):
+        return sum(path.stat().st_size for path in shards_in(cache))
+
+
 EPOCH = 26
 
 
@@ -116,7 +123,7 @@ def test_a_bounded_cache_cleans_itself_and_gives_the_same_samples(bucket: Path, 
     stream._samples._kept = None  # such a small set would be kept in memory
     for batch in want:
         assert stream.next()["keys"] == batch
-        assert sum(path.stat().st_size for path in shards_in(cache)) <= limit
+        assert bytes_in(cache) <= limit
     fetched = [path for path in S3.requests if path.endswith(".zstd")]
     assert len(fetched) > len(set(fetched))  # some had to make room and came again
     # What killed processes, and other sets, left in the folder makes room too.
@@ -266,7 +273,7 @@ def test_the_processes_of_a_machine_share_a_bounded_cache(bucket: Path, tmp_path
             reader.stdin.close()
             reader.stdout.close()
             reader.wait(timeout=30)
-    assert sum(path.stat().st_size for path in shards_in(tmp_path / "cache")) <= 4 * SHARD_BYTES
+    assert bytes_in(tmp_path / "cache") <= 4 * SHARD_BYTES
 
 
 def test_downloads_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,3 +283,16 @@ def test_downloads_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: 
     ShardCache(tmp_path, 1000)._make_room(10, tmp_path / "x.mds")
     assert [path.name for path in tmp_path.iterdir()] == ["new.mds.zstd.fetched.8.part"]
     assert cache_module.default_limit(tmp_path) > 0
+
+
+def test_the_limit_of_a_cache_is_found_while_others_make_room(tmp_path: Path) -> None:
+    (tmp_path / "shard.00000.mds").write_bytes(bytes(SHARD_BYTES))
+    found: list[int] = []
+    reader = threading.Thread(target=lambda: found.append(cache_module.default_limit(tmp_path)))
+    with FileLock(tmp_path / cache_module.SPACE_LOCK):
+        reader.start()
+        reader.join(timeout=0.2)
+        assert not found  # it waits for the one that makes room
+        (tmp_path / "shard.00000.mds").unlink()
+    reader.join(timeout=30)
+    assert found[0] > 0
