@@ -1,7 +1,8 @@
 """Plan: python tools/plan.py +cluster=a100x64 experiment=qwen_gmm [key=value ...]. Needs no GPU, no data, no teacher.
 
 Prints memory per GPU, messages, time per step, disk and host memory; and where it does not fit, settings that would.
-plan.latent=[64,64] and plan.text_length=128 set the sizes; plan.rank=17 shows what one rank holds, plan.json=true prints JSON, plan.table=true compares clusters and modes.
+plan.latent=[64,64] and plan.text_length=128 set the sizes; plan.rank=17 shows what one rank holds, plan.json=true prints JSON,
+plan.table=true compares clusters and modes.
 """
 
 import json

@@ -1,5 +1,6 @@
 # A site file: what the cluster is called by its users. Copy it to configs/site/site.sh (used by itself), or to
-# configs/site/NAME.sh and set PIFLOW_SITE=NAME; both are kept out of git. Batch scripts source it, outside a job and in it; tools/launch.py reads it too.
+# configs/site/NAME.sh and set PIFLOW_SITE=NAME; both are kept out of git. Batch scripts source it, outside a job and in it;
+# tools/launch.py reads it too.
 
 # sbatch's own variables (man sbatch, INPUT ENVIRONMENT VARIABLES); they win over the headers of slurm/*.sh.
 #SBATCH_PARTITION=gpu
