@@ -97,6 +97,12 @@ resumable() {
     return $code
 }
 
+# failed FOLDER CODE: end, with what the first task failed of as the last words.
+failed() {
+    if is_current; then alone -m piflow_dist.launch.batch failed "$1"; fi
+    exit "$2"
+}
+
 # claim RUN_DIR: end here where a local run or another job trains in this folder.
 claim() {
     alone -m piflow_dist.launch.batch claim "$1" || exit

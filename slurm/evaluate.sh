@@ -13,5 +13,5 @@ source "$PIFLOW_ROOT/slurm/common.sh" || exit 2
 [ -n "${SLURM_JOB_ID:-}" ] || submit "$0" "$@"
 settings=$(alone -m piflow_dist.launch.batch evaluate "$@") || exit
 [ -n "$settings" ] || exit 0  # launch.dry_run
-everywhere -m piflow_dist.evaluation.compare "$settings" || exit
+everywhere -m piflow_dist.evaluation.compare "$settings" || failed "${settings%/*}" $?
 alone -m piflow_dist.launch.batch report "$settings"

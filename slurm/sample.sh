@@ -14,5 +14,5 @@ source "$PIFLOW_ROOT/slurm/common.sh" || exit 2
 [ -n "${SLURM_JOB_ID:-}" ] || submit "$0" "$@"
 out=$(alone -m piflow_dist.launch.batch sample "$@") || exit
 [ -n "$out" ] || exit 0  # all images are there, or launch.dry_run
-resumable everywhere -m piflow_dist.sampling.sampler "$out/settings.yaml" || exit
+resumable everywhere -m piflow_dist.sampling.sampler "$out/settings.yaml" || failed "$out" $?
 alone -m piflow_dist.launch.batch gather "$out"

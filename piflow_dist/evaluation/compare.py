@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from data_pipeline.errors import DataError
 from piflow_dist.checkpoint.files import write_atomic
 from piflow_dist.config import read_config
 from piflow_dist.evaluation import quality
@@ -31,6 +32,7 @@ from piflow_dist.evaluation.samples import EvaluationError, SampleFolder, distin
 from piflow_dist.evaluation.settings import EvaluateConfig
 from piflow_dist.evaluation.shares import Share
 from piflow_dist.launch.console import StepProgress
+from piflow_dist.launch.failures import last_words
 
 RESULT = "result.json"
 SMALL = 32
@@ -302,7 +304,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     topology = start_process_group(config.launch.device, config.launch.timeout_seconds)
     share = Share.of(topology)
-    result = compare(config, share)
+    with last_words(Path(sys.argv[1]).parent, topology.rank, (EvaluationError, DataError)):
+        result = compare(config, share)
     if result is not None:
         write_atomic(Path(sys.argv[1]).with_name(RESULT), json.dumps(result, indent=1) + "\n")
     share.wait()

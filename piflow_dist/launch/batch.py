@@ -5,6 +5,7 @@ claim RUN_DIR           make this job the one that trains there, where nobody el
 after RUN_DIR CODE      what comes after the processes ended with CODE: exit code, and on stdout the seconds to wait before a retry
 sample key=value ...    check a request for images and write its settings; prints the folder, or nothing where all is there
 gather DIR              join the images that the tasks made
+failed DIR              say what a task of sampling or evaluation failed of
 evaluate key=value ...  check a request for metrics; prints the settings' file, or nothing with launch.dry_run
 report SETTINGS         write the report of what the tasks measured
 """
@@ -110,8 +111,15 @@ def sample(overrides: list[str]) -> None:
         tell(f"{config.out}: all {len(request.images)} images are there.")
         return
     (Path(config.out) / "logs").mkdir(exist_ok=True)
+    failure_path(request.out).unlink(missing_ok=True)
     write_settings(request)
     print(config.out)
+
+
+def failed(arguments: list[str]) -> None:
+    failure = read_failure(Path(arguments[0]))
+    if failure is not None:
+        tell(f"error: rank {failure.rank} failed, and the others were ended.\n{failure.reason}")
 
 
 def gather_images(arguments: list[str]) -> int:
@@ -147,6 +155,7 @@ def evaluate(overrides: list[str]) -> None:
         tell(describe_plan(config))
         return
     claim(config.out_dir / LOCK, f"out={config.out_dir}")
+    failure_path(config.out_dir).unlink(missing_ok=True)
     print(prepare(config))
 
 
@@ -167,7 +176,7 @@ def main(command: str, *arguments: str) -> int:
     from piflow_dist.evaluation.samples import EvaluationError
 
     tools = {"prepare": prepare, "claim": claim_run, "after": after, "sample": sample, "gather": gather_images}
-    tools |= {"evaluate": evaluate, "report": report}
+    tools |= {"evaluate": evaluate, "report": report, "failed": failed}
     try:
         return tools[command](list(arguments)) or 0
     except (ConfigError, EvaluationError) as error:

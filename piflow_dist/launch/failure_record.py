@@ -1,6 +1,7 @@
 """What a job died of, as a file of the run folder. Imports no torch: a batch script has seconds to decide what comes next."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -8,13 +9,16 @@ from piflow_dist.checkpoint.files import write_atomic
 
 SILENT = "does not answer"
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Failure:
     rank: int
     step: int
-    """The step (from 1) that was under way; 0 while the run was being built."""
+    """The step (from 1) that was under way; 0 while the run was being built, and where there are none."""
     phase: str
+    """Empty where there are none: in sampling and evaluation."""
     reason: str
     """In a line or two."""
     text: str
@@ -28,9 +32,8 @@ class Failure:
         for rank, place in self.others.items():
             places.setdefault(place, []).append(rank)
         others = "; ".join(f"rank {', '.join(ranks)}: {place}" for place, ranks in places.items())
-        return f"{self.text.rstrip()}\nRank {self.rank} failed in step {self.step}, {self.phase}." + (
-            f" The others: {others}." if others else ""
-        )
+        where = f" in step {self.step}, {self.phase}" if self.phase else ""
+        return f"{self.text.rstrip()}\nRank {self.rank} failed{where}." + (f" The others: {others}." if others else "")
 
 
 def failure_path(run_dir: Path) -> Path:
@@ -39,6 +42,17 @@ def failure_path(run_dir: Path) -> Path:
 
 def write_failure(run_dir: Path, failure: Failure) -> None:
     write_atomic(failure_path(run_dir), json.dumps(asdict(failure)))
+
+
+def write_first_failure(run_dir: Path, failure: Failure) -> None:
+    """The same where the processes have no way to tell one another: the first one's stays."""
+    path = failure_path(run_dir)
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with open(path, "x") as file:
+            file.write(json.dumps(asdict(failure)))
+    except FileExistsError:
+        log.info("%s is of a process that failed earlier", path)
 
 
 def read_failure(run_dir: Path) -> Failure | None:

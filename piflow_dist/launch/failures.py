@@ -4,13 +4,18 @@ Without it, every rank whose partner died reports a failed collective of its own
 """
 
 import logging
+import sys
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from piflow_dist.launch.failure_record import SILENT, Failure, failure_path, write_failure
+from piflow_dist.launch.exits import FAILED
+from piflow_dist.launch.failure_record import SILENT, Failure, failure_path, write_failure, write_first_failure
 from piflow_dist.launch.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -27,6 +32,30 @@ def is_lost_partner(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in LOST)
+
+
+def tells_of_lost_partner(record: str) -> bool:
+    """The same of "TypeName: text", as another process has written it."""
+    return record.startswith(("RuntimeError", "Dist")) and any(word in record.lower() for word in LOST)
+
+
+@contextmanager
+def last_words(folder: Path, rank: int, expected: tuple[type[Exception], ...]) -> Iterator[None]:
+    """For processes without a watchdog: the first error among them goes into the folder, for the last lines of the log.
+
+    Exits at an expected error, whose text is all there is to say; others are raised.
+    """
+    try:
+        yield
+    except expected as error:
+        write_first_failure(folder, Failure(rank, 0, "", str(error), str(error)))
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(FAILED)
+    except Exception as error:
+        if not is_lost_partner(error):
+            text = "".join(traceback.format_exception(error))
+            write_first_failure(folder, Failure(rank, 0, "", f"{type(error).__name__}: {error}", text))
+        raise
 
 
 class Failures:

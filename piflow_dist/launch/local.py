@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from piflow_dist.config import ConfigError, LaunchConfig
 from piflow_dist.launch.failure_record import failure_path, read_failure
+from piflow_dist.launch.failures import tells_of_lost_partner
 from piflow_dist.parallel.topology import LAUNCHER_PID
+
+KILLED = [-number for number in signal.Signals if number != signal.SIGTERM]
+"""Exit codes of processes that nobody here has ended."""
 
 
 class WorkerFailed(RuntimeError):
@@ -109,21 +113,39 @@ def run_forked(module: str, arguments: list[str]) -> None:
     importlib.import_module(module).main()
 
 
+def first_of(failure: "ChildFailedError") -> tuple[int, "ProcessFailure"]:
+    """The process that failed by itself. On a loaded machine all may be found dead together, and the agent ends the others by SIGTERM."""
+    found = list(failure.failures.items())
+    killed = [(rank, each) for rank, each in found if each.exitcode in KILLED]
+    raised = [(rank, each) for rank, each in found if each.exitcode > 0 and not tells_of_lost_partner(message_of(each))]
+    ended = [(rank, each) for rank, each in found if each.exitcode < 0]
+    for own in (killed, raised, ended):
+        if own:
+            return min(own, key=lambda entry: entry[1].timestamp)
+    return failure.get_first_failure()
+
+
+def message_of(failure: "ProcessFailure") -> str:
+    """ "TypeName: text" of a recorded exception, empty where there is none."""
+    if not failure.error_file_data:
+        return ""
+    return failure.message if isinstance(failure.message, str) else failure.message.get("message", "")
+
+
 def describe(failure: "ChildFailedError", log_dir: Path) -> str:
-    # A process that was killed takes the others with it; on a loaded machine they may be found dead together.
-    killed = [(rank, found) for rank, found in failure.failures.items() if found.exitcode < 0]
-    rank, first = killed[0] if killed else failure.get_first_failure()
     known = read_failure(log_dir.parent)
-    if known is not None and not killed:
-        where = f"in step {known.step}, {known.phase}" if known.step else f"before the first step ({known.phase})"
+    rank, first = first_of(failure)
+    # A process that was killed takes the others with it, and says nothing itself.
+    if known is not None and first.exitcode not in KILLED:
+        where = f" in step {known.step}, {known.phase}" if known.step else f" before the first step ({known.phase})"
         return (
-            f"Process {known.rank} failed {where}; the other processes were ended too. Logs: {log_dir}.\n{known.reason}"
+            f"Process {known.rank} failed{where if known.phase else ''}; the other processes were ended too. Logs: {log_dir}.\n"
+            f"{known.reason}"
         )
     if first.exitcode < 0:
         cause = f"was ended by {signal.Signals(-first.exitcode).name}"
     else:
         cause = f"ended with exit code {first.exitcode}"
-    message = first.message if isinstance(first.message, str) else first.message.get("message", "")
     # Only a recorded exception says more than the exit code does.
-    reason = f"\n{message}" if first.error_file_data else ""
+    reason = f"\n{message}" if (message := message_of(first)) else ""
     return f"Process {rank} {cause}; the other processes were ended too. Logs: {log_dir}.{reason}"

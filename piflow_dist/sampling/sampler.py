@@ -20,12 +20,15 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data_pipeline.codec import Codec, load_codec
-from piflow_dist.config import GuidanceConfig, read_config
+from data_pipeline.errors import DataError
+from piflow_dist.checkpoint.files import CheckpointError
+from piflow_dist.config import ConfigError, GuidanceConfig, read_config
 from piflow_dist.distill.objectives import Batch, Network, TeacherVelocity
 from piflow_dist.distill.student import predictor, takes_end, trained_nfe
 from piflow_dist.flow.schedule import FlowSchedule
 from piflow_dist.flow.solvers import euler_sample, policy_sample
 from piflow_dist.launch.console import StepProgress
+from piflow_dist.launch.failures import last_words
 from piflow_dist.models.heads import PATCH
 from piflow_dist.parallel.topology import Topology
 from piflow_dist.sampling.control import Control, start_ranks
@@ -288,9 +291,10 @@ def main() -> None:
     config = read_config(Path(sys.argv[1]), SampleConfig)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     topology, control = start_ranks(config)
-    request = build_request(config)
-    check_unchanged(request)
-    run(request, topology, control)
+    with last_words(Path(config.out), topology.rank, (ConfigError, CheckpointError, DataError)):
+        request = build_request(config)
+        check_unchanged(request)
+        run(request, topology, control)
     control.close()
 
 

@@ -340,3 +340,16 @@ def test_samples_of_other_noises_are_refused(inputs: Path, tmp_path: Path) -> No
     finally:
         (tmp_path / "kept.png").rename(inputs / "few" / "images" / "00003_1003.png")
     assert done.returncode == 2 and "00003_1003.png is missing, and the manifest lists it" in done.stdout
+
+
+def test_a_damaged_image_is_the_last_that_is_said(inputs: Path, tmp_path: Path) -> None:
+    """Of whichever process looks at it; the other one only loses its partner."""
+    shutil.copytree(inputs / "few", tmp_path / "few")
+    image = sorted(tmp_path.glob("few/images/*.png"))[-1]
+    image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+    request = (f"samples={tmp_path / 'few'}", f"out={tmp_path / 'out'}", "launch.device=cpu", "launch.processes=2")
+    done = run_tool("evaluate", *request)
+    assert done.returncode == 1
+    said = done.stdout.rstrip().splitlines()[-2:]
+    assert said[0].startswith("error: Process ") and " failed; the other processes were ended too" in said[0]
+    assert said[1].startswith(f"{image} is damaged") and said[1].endswith("Delete it, and run tools/sample.py again.")
