@@ -97,10 +97,11 @@ resumable() {
     return $code
 }
 
-# failed FOLDER CODE: end, with what the first task failed of as the last words.
+# failed FOLDER CODE: end, with what the first task failed of as the last words. srun's code is that of whichever task it ended.
 failed() {
-    if is_current; then alone -m piflow_dist.launch.batch failed "$1"; fi
-    exit "$2"
+    is_current || exit "$2"
+    alone -m piflow_dist.launch.batch failed "$1"
+    exit 1  # exits.FAILED
 }
 
 # claim RUN_DIR: end here where a local run or another job trains in this folder.
