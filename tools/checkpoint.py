@@ -26,6 +26,7 @@ from piflow_dist.checkpoint.catalog import (
     describe_contents,
     leftovers,
     look_at,
+    look_at_all,
     one_checkpoint,
     remove,
 )
@@ -120,7 +121,7 @@ def expect(places: list[str], command: str, *wanted: str) -> list[str]:
 
 
 def list_checkpoints(source: str, contents: bool) -> None:
-    entries = [look_at(path, contents) for path in checkpoint_folders(source)]
+    entries = look_at_all(source, contents)
     table = Table(box=box.SIMPLE, title=escape(source), title_justify="left")
     for column, side in (("step", "right"), ("written", "left"), ("size", "right"), ("loss", "right")):
         table.add_column(column, justify=side, no_wrap=True)

@@ -60,8 +60,20 @@ def checkpoint_folders(source: str) -> list[Path]:
     return found
 
 
+def look_at_all(source: str, contents: bool) -> list[Entry]:
+    """The checkpoints of `source`, less those that a training removed while they were looked at."""
+    entries = []
+    for path in checkpoint_folders(source):
+        try:
+            entries.append(look_at(path, contents))
+        except FileNotFoundError:
+            if path.exists():
+                raise
+    return entries
+
+
 def look_at(path: Path, contents: bool) -> Entry:
-    """contents: compare the hashes of all files too, not the sizes alone."""
+    """contents: compare the hashes of all files too, not the sizes alone. Raises FileNotFoundError where it is being removed."""
     try:
         verify(path, contents)
         problem = None

@@ -1,5 +1,6 @@
 """tools/checkpoint.py: what it says of checkpoints, what it removes, and what it rewrites for other worlds."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ from safetensors.torch import load_file
 from students import STEPS, newest, student_options, topology_of
 from test_zero import make_config
 
+from piflow_dist.checkpoint import catalog
 from piflow_dist.checkpoint.catalog import remove
-from piflow_dist.checkpoint.files import read_json
+from piflow_dist.checkpoint.files import read_json, verify
 from piflow_dist.checkpoint.reshard import reshard
 from piflow_dist.config import ConfigError
 
@@ -65,6 +67,21 @@ def test_ls_and_verify_tell_the_whole_from_the_damaged(tool: Callable[..., tuple
     code, said = tool("verify", three)
     assert code == 1 and "rank_00001.safetensors is damaged" in said and "2 of 3 checkpoints are damaged" in said
     assert tool("verify", folder / "step_00000024")[0] == 0
+
+
+def test_a_checkpoint_that_a_training_removes_meanwhile_is_not_listed(
+    tool: Callable[..., tuple[int, str]], three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = three / "checkpoints"
+
+    def verify_late(path: Path, contents: bool) -> None:
+        if path.name == "step_00000024" and path.exists():
+            os.replace(path, folder / ".step_00000024.removed")  # as retention does
+        verify(path, contents)
+
+    monkeypatch.setattr(catalog, "verify", verify_late)
+    code, said = tool("verify", three)
+    assert code == 0 and said.count("whole") == 2 and "damaged" not in said
 
 
 def test_show_and_diff(tool: Callable[..., tuple[int, str]], three: Path, students: Path) -> None:
