@@ -49,7 +49,7 @@ def prepare(config: PrepareConfig, *, show_progress: bool = True) -> DatasetDesc
         return (
             _prepare_digits(out, config, show_progress)
             if config.source == "digits"
-            else _prepare_parts(out, config, show_progress)
+            else _prepare_together(out, config, show_progress)
         )
     except OSError as error:
         if error.errno is None:
@@ -68,6 +68,17 @@ def _prepare_digits(out: Path, config: PrepareConfig, show_progress: bool) -> Da
                 raise
             return finished
     return load_description(out)
+
+
+def _prepare_together(out: Path, config: PrepareConfig, show_progress: bool) -> DatasetDescription | None:
+    """_prepare_parts beside other ranks, of which one publishes the set and removes the parts at whatever moment of this one."""
+    try:
+        return _prepare_parts(out, config, show_progress)
+    except (FileNotFoundError, FileExistsError):
+        if config.overwrite or (finished := _finished(out, config)) is None:
+            raise
+        shutil.rmtree(config.work_folder, ignore_errors=True)  # waiting for a lock makes its folder again
+        return finished
 
 
 def _prepare_parts(out: Path, config: PrepareConfig, show_progress: bool) -> DatasetDescription | None:
@@ -120,22 +131,16 @@ def _publish_if_whole(
     plan: Plan, out: Path, config: PrepareConfig, shop: Workshop, rank: int
 ) -> DatasetDescription | None:
     """Whoever finds all parts finished puts them together."""
-    try:
-        missing = plan.unfinished()
-        if missing:
-            logger.info("rank %d has done its share; %d of %d parts are missing", rank, len(missing), len(plan.parts))
-            return None
-        with FileLock(plan.folder / ".lock"):
-            staged = plan.folder / "set"
-            assembled = assemble(plan, staged)
-            _describe(plan, staged, config, shop, assembled)
-            publish(staged, out, replace=config.overwrite)
-    except (FileNotFoundError, FileExistsError):
-        # Another rank has published the set, and removed the parts. Else what is missing is an error.
-        if (finished := _finished(out, config)) is None:
-            raise
-        return finished
-    shutil.rmtree(plan.folder)
+    missing = plan.unfinished()
+    if missing:
+        logger.info("rank %d has done its share; %d of %d parts are missing", rank, len(missing), len(plan.parts))
+        return None
+    with FileLock(plan.folder / ".lock"):
+        staged = plan.folder / "set"
+        assembled = assemble(plan, staged)
+        _describe(plan, staged, config, shop, assembled)
+        publish(staged, out, replace=config.overwrite)
+    shutil.rmtree(plan.folder, ignore_errors=True)  # ranks that wait for the lock may put it there again, and remove it
     return load_description(out)
 
 

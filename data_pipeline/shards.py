@@ -174,7 +174,7 @@ def _fetch_index(description: DatasetDescription, bucket: Bucket, place: str, lo
         with FileLock(local / ".index.lock"):
             content = read_stored(description.location, f"{place}/index.json", local / ".index.fetched")
             if not index.is_file() or index.read_bytes() != content:
-                temporary = local / "index.json.tmp"
+                temporary = local / "index.json.new"  # a cache that makes room removes every .tmp
                 temporary.write_bytes(content)
                 os.replace(temporary, index)
     if read_index(index) != bucket.shards:

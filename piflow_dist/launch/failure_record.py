@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -48,11 +49,16 @@ def write_first_failure(run_dir: Path, failure: Failure) -> None:
     """The same where the processes have no way to tell one another: the first one's stays."""
     path = failure_path(run_dir)
     path.parent.mkdir(exist_ok=True)
+    whole = path.with_name(f"failure_{failure.rank}.json")
+    write_atomic(whole, json.dumps(asdict(failure)))
     try:
-        with open(path, "x") as file:
-            file.write(json.dumps(asdict(failure)))
+        os.link(
+            whole, path
+        )  # whole or not at all, and only where there is none: others may end this process at any moment
     except FileExistsError:
         log.info("%s is of a process that failed earlier", path)
+    finally:
+        whole.unlink()
 
 
 def read_failure(run_dir: Path) -> Failure | None:

@@ -22,7 +22,7 @@ PREFIX = "piflow_slurm_"
 PACKAGES = ("slurm-wlm", "munge")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("n1", "n2")
-PATIENCE = 240.0
+PATIENCE = 600.0
 """Seconds for anything that has to happen; nothing is measured."""
 
 

@@ -180,8 +180,12 @@ def test_a_data_set_is_prepared_by_all_tasks_and_goes_on_after_the_time_limit(
 
     def done() -> dict[str, int]:
         """Shards by what they hold -> inode."""
-        files = [path for path in tmp_path.rglob("*.mds.zstd") if "work" not in path.parts]
-        return {path.read_bytes().hex(): path.stat().st_ino for path in files}
+        while True:
+            try:
+                files = [path for path in tmp_path.rglob("*.mds.zstd") if "work" not in path.parts]
+                return {path.read_bytes().hex(): path.stat().st_ino for path in files}
+            except FileNotFoundError:
+                continue  # renamed by a task between being listed and being looked at
 
     slurm.wait_until(last_task, f"the last task of job {job}")
     os.kill(last_task()[0], signal.SIGSTOP)
@@ -294,6 +298,8 @@ def disturb(slurm: LocalCluster, course: Disturbed) -> None:
     pending("requeue", 3)
 
     running_until(course.saved["requeue"] + 3)
+    # Not where a step is saved and the next one has not begun.
+    slurm.wait_until(lambda: 3 <= steps_done(course.run_dir) % 10 <= 7 or not alive(), "a step between two saves")
     victim = next(pid for pid, rank in tasks_on(slurm, "n2").items() if rank == 3)
     os.kill(victim, signal.SIGKILL)
     pending("killed rank", 4)
