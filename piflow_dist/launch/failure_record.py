@@ -52,9 +52,8 @@ def write_first_failure(run_dir: Path, failure: Failure) -> None:
     whole = path.with_name(f"failure_{failure.rank}.json")
     write_atomic(whole, json.dumps(asdict(failure)))
     try:
-        os.link(
-            whole, path
-        )  # whole or not at all, and only where there is none: others may end this process at any moment
+        # Whole or not at all, and only where there is none: this process may be ended at any moment.
+        os.link(whole, path)
     except FileExistsError:
         log.info("%s is of a process that failed earlier", path)
     finally:

@@ -19,7 +19,7 @@ from piflow_dist.launch.failures import tells_of_lost_partner
 from piflow_dist.parallel.topology import LAUNCHER_PID
 
 KILLED = [-number for number in signal.Signals if number != signal.SIGTERM]
-"""Exit codes of processes that nobody here has ended."""
+"""Exit codes of processes that died of something else than the agent's SIGTERM."""
 
 
 class WorkerFailed(RuntimeError):

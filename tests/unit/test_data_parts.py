@@ -14,6 +14,7 @@ import pytest
 from photos import settings, write_folder
 
 from data_pipeline import plan as plan_module
+from data_pipeline import prepare as prepare_module
 from data_pipeline.description import DatasetDescription, load_description
 from data_pipeline.errors import DataError
 from data_pipeline.parts import Workshop
@@ -216,6 +217,23 @@ def unfinished(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     as_rank(monkeypatch, 0, 2)
     assert prepare(settings(tmp_path / "set", tmp_path / "photos"), show_progress=False) is None
     return tmp_path
+
+
+def test_a_set_that_another_rank_publishes_while_this_one_opens_its_models(
+    whole: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, work, slow = settings(tmp_path / "set", photos, test_share=0.2), prepare_module._work, [True]
+
+    def work_late(*arguments: object) -> None:
+        if slow:
+            slow.clear()
+            prepare(config, show_progress=False)  # the other one
+        work(*arguments)
+
+    monkeypatch.setattr(prepare_module, "_work", work_late)
+    found = prepare(config, show_progress=False)
+    assert files_of(found.root) == files_of(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_an_unfinished_preparation_is_not_continued_as_another(unfinished: Path) -> None:
